@@ -1,10 +1,10 @@
 """The errors that this library raises on purpose.
 
-    MoleError                what was expected, what came, what to do; one sentence for a user
-    ├── InvalidFile          a file is refused: not safetensors, damaged, not a LoRA, too large
-    ├── BaseMismatch         an expert or composition does not fit the base model
-    ├── InvalidRequest       an argument or a setting cannot be honoured
-    └── Cancelled            the user stopped the work
+MoleError                what was expected, what came, what to do; one sentence for a user
+├── InvalidFile          a file is refused: not safetensors, damaged, not a LoRA, too large
+├── BaseMismatch         an expert or composition does not fit the base model
+├── InvalidRequest       an argument or a setting cannot be honoured
+└── Cancelled            the user stopped the work
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The page: a library of LoRAs, training of gates in the background, pictures with scores."""

@@ -1,0 +1,241 @@
+"""Training in the background, as the page sees it: what can be started, what runs, what came of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.library import Library
+from app.records import Entry
+from mole_diffusion.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from training.jobs.store import Job, JobEvent, JobStore
+    from training.jobs.worker import Worker
+
+__all__ = ["GateRecipe", "JobService", "JobView"]
+
+USUAL = {"demo": (40.0, 0.6)}
+"""Seconds before the first step and for each step on a laptop's CPU, until a first job has measured this machine."""
+
+
+@dataclass(frozen=True)
+class GateRecipe:
+    """How gates are trained; the defaults suit the demo and are a start elsewhere.
+
+    Attributes:
+        scope: "token" gives each place of the picture its own weights, "sample" the whole picture one.
+        steps: optimisation steps.
+        lr: learning rate of the gates; None = what suits the base.
+        alpha: weight of the balance loss (method.md Eq. 16).
+    """
+
+    scope: str = "token"
+    steps: int = 300
+    lr: float | None = None
+    alpha: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("token", "sample"):
+            raise InvalidRequest(f"The scope is “token” or “sample”, but it was {self.scope!r}.")
+        if not 1 <= self.steps <= 100_000:
+            raise InvalidRequest(f"Between 1 and 100,000 steps are possible; {self.steps} were asked for.")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise InvalidRequest(f"The learning rate lies above 0 and at most at 1; it was {self.lr:g}.")
+        if not 0 <= self.alpha <= 100:
+            raise InvalidRequest(f"The balance weight lies between 0 and 100; it was {self.alpha:g}.")
+
+
+@dataclass(frozen=True)
+class JobView:
+    """One job with what the page draws: losses by step, on held-out scenes too, sample pictures, its log."""
+
+    job: Job
+    losses: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+    samples: list[tuple[int, Path, dict[str, float]]]
+    log: str
+    seconds_left: float | None
+
+
+class JobService:
+    """Queues gate training and reads its state from the database, so that nothing is lost with the page.
+
+    Args:
+        store: the job table.
+        worker: starts one child process per job.
+        library: where the experts of a job come from.
+        blocked: why nothing can be trained here, or None.
+    """
+
+    def __init__(
+        self, store: JobStore, worker: Worker, library: Library, data_dir: Path, blocked: str | None = None
+    ) -> None:
+        self._store = store
+        self._worker = worker
+        self._library = library
+        self._data_dir = data_dir
+        self.blocked = blocked
+
+    def start_worker(self) -> None:
+        """Begin to serve the queue in this process; jobs of an earlier run go on."""
+        if self.blocked is None:
+            self._worker.start()
+
+    def stop_worker(self) -> None:
+        """Stop serving; a running job goes on and is adopted by the next worker."""
+        self._worker.stop()
+
+    def train_gates(self, base: str, experts: Sequence[str], recipe: GateRecipe, owner: str = "") -> str:
+        """Queue gates for these experts and return the job's id. Raises InvalidRequest with a sentence."""
+        if self.blocked:
+            raise InvalidRequest(self.blocked)
+        entries = [self._library.get(sha256, owner) for sha256 in experts]
+        self._check(entries)
+        for entry in entries:
+            self._library.materialise(entry)
+        config = {
+            "base": base,
+            "experts": [self._expert(entry) for entry in entries],
+            "objective": "collage",
+            "scope": recipe.scope,
+            "steps": recipe.steps,
+            "lr": recipe.lr,
+            "alpha": recipe.alpha,
+            "seed": recipe.seed,
+        }
+        return self._store.create("gate", config, title=" + ".join(e.name for e in entries), owner=owner or None)
+
+    def list(self, owner: str = "", limit: int = 20) -> list[Job]:
+        """The owner's jobs, newest first."""
+        return self._store.list(owner=owner or None, limit=limit)
+
+    def view(self, job_id: str, owner: str = "") -> JobView:
+        """One job in full. Raises InvalidRequest for a job of somebody else."""
+        job = self._own(job_id, owner)
+        progress = self._store.events(job.id, types=["progress"], limit=100_000)
+        return JobView(
+            job=job,
+            losses=_metric(progress, "loss"),
+            held_out=_metric(progress, "held_out_loss"),
+            samples=self._samples(job),
+            log=_tail(self._folder(job) / "log.txt"),
+            seconds_left=_seconds_left(job, progress),
+        )
+
+    def cancel(self, job_id: str, owner: str = "") -> None:
+        """Ask a job to stop; what it has trained so far stays in its checkpoint."""
+        self._store.request_cancel(self._own(job_id, owner).id)
+
+    def compositions(self, owner: str = "") -> list[Path]:
+        """Composition files of the owner's finished jobs, newest first."""
+        finished = self._store.list(["finished"], owner=owner or None, kind="gate")
+        return [path for job in finished if (path := self._composition(job)) is not None]
+
+    def estimate(self, base: str, steps: int) -> str:
+        """How long training will take, in words, from what earlier jobs on this base took."""
+        finished = self._store.list(["finished"], kind="gate", limit=50)
+        measured = [pace for job in finished if (pace := self._pace(job, base))][:5]
+        if measured:
+            start, step = (statistics.median(values) for values in zip(*measured, strict=True))
+        elif base in USUAL:
+            start, step = USUAL[base]
+        else:
+            return f"{steps:,} steps. The first job on a base shows how long a step takes here."
+        basis = "as measured on this machine" if measured else "on a laptop without a GPU"
+        return f"{steps:,} steps, about {duration(start + step * steps)} {basis}."
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _check(self, entries: Sequence[Entry]) -> None:
+        if len(entries) < 2:
+            raise InvalidRequest(f"Gates mix at least two subjects; {len(entries)} chosen. Choose one more.")
+        families = {entry.family for entry in entries}
+        if len(families) > 1:
+            raise InvalidRequest(f"These subjects were made for different bases ({', '.join(sorted(families))}).")
+        names = [entry.name for entry in entries]
+        if len(set(names)) < len(names):
+            raise InvalidRequest("Two of these subjects have the same name; rename one of them in the library.")
+        for entry in entries:
+            if not entry.trigger and not entry.subject_class:
+                raise InvalidRequest(f"“{entry.name}” has neither a trigger nor a class; enter one in the library.")
+
+    def _expert(self, entry: Entry) -> dict[str, Any]:
+        folder = self._library.training_views(entry)
+        return {
+            "sha256": entry.sha256,
+            "name": entry.name,
+            "trigger": entry.trigger or None,
+            "class": entry.subject_class or None,
+            "views": str(folder) if folder else None,
+        }
+
+    def _own(self, job_id: str, owner: str) -> Job:
+        job = self._store.get(job_id)
+        if (job.owner or "") != owner:
+            raise InvalidRequest("There is no such job.")
+        return job
+
+    def _folder(self, job: Job) -> Path:
+        return self._data_dir / "jobs" / job.id
+
+    def _samples(self, job: Job) -> list[tuple[int, Path, dict[str, float]]]:
+        found = []
+        for event in self._store.events(job.id, types=["sample"]):
+            path = self._inside(job, str(event.data.get("path", "")))
+            if path is not None:
+                found.append((event.step or 0, path, dict(event.data.get("scores") or {})))
+        return found
+
+    def _inside(self, job: Job, name: str) -> Path | None:
+        path = (self._folder(job) / name).resolve()
+        return path if path.is_file() and path.is_relative_to(self._folder(job).resolve()) else None
+
+    def _pace(self, job: Job, base: str) -> tuple[float, float] | None:
+        """Seconds before the first step and for each step of a finished job on this base."""
+        if job.config.get("base") != base or not job.started:
+            return None
+        times = [event.time for event in self._store.events(job.id, types=["progress"])]
+        if len(times) < 10:
+            return None
+        return times[0] - job.started, (times[-1] - times[0]) / (len(times) - 1)
+
+    def _composition(self, job: Job) -> Path | None:
+        named = (job.result or {}).get("path")
+        path = (self._data_dir / str(named)) if named else None
+        return path if path is not None and path.is_file() else None
+
+
+def _seconds_left(job: Job, progress: Sequence[JobEvent]) -> float | None:
+    """From the pace of the last steps, so that the preparation does not count."""
+    last = progress[-20:]
+    if job.state != "running" or len(last) < 3:
+        return None
+    return (last[-1].time - last[0].time) / (len(last) - 1) * (job.total - job.step)
+
+
+def _metric(progress: Sequence[JobEvent], name: str) -> list[tuple[int, float]]:
+    return [(event.step or 0, float(event.data[name])) for event in progress if name in event.data]
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - 16_384, 0))
+        return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+
+
+def duration(seconds: float) -> str:
+    """Seconds in calm words."""
+    if seconds < 50:
+        return f"{max(round(seconds / 5) * 5, 5)} seconds"
+    if seconds < 90:
+        return "a minute"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} minutes"
+    return f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,90 @@
+"""The composition root of the services: what the page's tabs are functions of."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from app.compositions import Compositions
+from app.generator import Generator
+from app.jobs import JobService
+from app.library import Library
+from app.records import Entry, open_database
+from app.scorer import Scorer
+from app.sessions import Sessions
+from app.settings import Settings
+from app.shipped import Shipped
+from mole_diffusion.errors import MoleError
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+__all__ = ["Services", "build_services", "owner_of"]
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything a tab may use."""
+
+    settings: Settings
+    library: Library
+    compositions: Compositions
+    jobs: JobService
+    generator: Generator
+    sessions: Sessions
+
+    def start(self) -> None:
+        """Begin background work once the server answers: the training queue and the warm-up of the first base."""
+        self.jobs.start_worker()
+        if self.settings.warm_up:
+            threading.Thread(
+                target=self.generator.warm_up, args=(self.settings.base,), name="mole-warm-up", daemon=True
+            ).start()
+
+    def offered(self, base: str, owner: str) -> list[Entry]:
+        """The experts of the library that fit a base."""
+        from mole_diffusion.bases import get_base
+
+        try:
+            family = get_base(base).family
+        except MoleError:  # its files are missing: said when somebody asks it for a picture
+            return []
+        return [entry for entry in self.library.entries(owner) if entry.family == family]
+
+    def stop(self) -> None:
+        """Stop serving the queue; a job that runs goes on."""
+        self.jobs.stop_worker()
+
+
+def build_services(settings: Settings) -> Services:
+    """Wire the services to one data folder. Creates the folder; loads no model."""
+    from mole_diffusion.bases import assets_dir
+    from training.jobs.store import JobStore, database_url
+    from training.jobs.worker import Worker
+
+    data_dir = settings.data_dir
+    for name in ("experts", "subjects", "compositions", "jobs", "images"):
+        (data_dir / name).mkdir(parents=True, exist_ok=True)
+    url = database_url(data_dir)
+    shipped = Shipped(assets_dir() / "demo")
+    library = Library(open_database(url), data_dir, shipped, settings.base_names)
+    store = JobStore(url)
+    jobs = JobService(store, Worker(store, data_dir), library, data_dir, settings.training_blocked)
+    generator = Generator(settings.device, Scorer())
+    return Services(
+        settings=settings,
+        library=library,
+        compositions=Compositions(shipped, jobs.compositions),
+        jobs=jobs,
+        generator=generator,
+        sessions=Sessions(generator, data_dir / "images"),
+    )
+
+
+def owner_of(settings: Settings, request: gr.Request | None) -> str:
+    """Whose things a visitor may see: "" where the page has one user, else the login or this visit alone."""
+    if not settings.space:
+        return ""
+    name = getattr(request, "username", None) or getattr(request, "session_hash", None)
+    return str(name or "nobody")

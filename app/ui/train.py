@@ -1,0 +1,248 @@
+"""Train tab: choose experts, start, and watch; what is shown comes from the database, so a reload loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.jobs import GateRecipe
+from app.services import Services, owner_of
+from app.ui.errors import guarded
+from app.ui.job_views import curve, head, job_list, log_html, samples
+from app.ui.parts import CLICKS, block, empty, note, notes
+
+__all__ = ["TrainTab", "train_tab"]
+
+POLL = 1.0
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+POLLING: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+SCOPES = [("Each place of the picture", "token"), ("The whole picture", "sample")]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The left column."""
+
+    subjects: gr.CheckboxGroup
+    estimate: gr.HTML
+    go: gr.Button
+    base: gr.Dropdown
+    scope: gr.Radio
+    steps: gr.Slider
+    lr: gr.Number
+    alpha: gr.Number
+    seed: gr.Number
+
+    @property
+    def recipe(self) -> list[Any]:
+        """What a job is started with, in the order that ``_Handlers.start`` takes it."""
+        return [self.base, self.subjects, self.scope, self.steps, self.lr, self.alpha, self.seed]
+
+
+@dataclass(frozen=True)
+class Detail:
+    """The chosen job."""
+
+    head: gr.HTML
+    curve: gr.HTML
+    samples: gr.HTML
+    log_box: gr.Accordion
+    log: gr.HTML
+    use: gr.Button
+    cancel: gr.Button
+
+    @property
+    def all(self) -> list[Any]:
+        """Every part, in the order of ``_Handlers.detail``."""
+        return [self.head, self.curve, self.samples, self.log_box, self.log, self.use, self.cancel]
+
+
+@dataclass(frozen=True)
+class TrainTab:
+    """Handles for the page.
+
+    Attributes:
+        use: the button that takes a finished composition to the generate tab.
+        chosen: id of the chosen job.
+        refresh: handler that offers what the library holds now.
+        picked: handler that turns the chosen job's id into (base, hashes of its experts).
+    """
+
+    use: gr.Button
+    chosen: gr.State
+    refresh: Any
+    offering: list[Any]
+    offered: gr.CheckboxGroup
+    picked: Any
+
+
+def train_tab(services: Services, page: gr.Blocks) -> TrainTab:
+    """Lay out the tab and bind it."""
+    chosen, seen, touched, timer = gr.State(""), gr.State({}), gr.State(False), gr.Timer(POLL)
+    with gr.Row(elem_classes="split"):
+        with gr.Column(elem_classes="side"):
+            controls = _controls(services)
+        with gr.Column(elem_classes="main"):
+            jobs = gr.HTML(elem_id="jobs", js_on_load=CLICKS)
+            detail = _detail()
+    handlers = _Handlers(services)
+    offering = [controls.base, controls.subjects, touched]
+    page.load(handlers.refresh, offering, controls.subjects, **QUIET).then(
+        handlers.estimate, [controls.base, controls.steps], controls.estimate, **QUIET
+    )
+    controls.subjects.input(lambda: True, None, touched, **QUIET)
+    controls.base.input(handlers.rebase, controls.base, [controls.subjects, touched], **QUIET).then(
+        handlers.estimate, [controls.base, controls.steps], controls.estimate, **QUIET
+    )
+    controls.steps.change(handlers.estimate, [controls.base, controls.steps], controls.estimate, **QUIET)
+    polled = [chosen, seen, jobs, *detail.all]
+    controls.go.click(handlers.start, controls.recipe, chosen, **QUIET).then(
+        handlers.poll, [chosen, seen], polled, **QUIET
+    )
+    jobs.click(handlers.choose, None, chosen, **QUIET).then(handlers.poll, [chosen, seen], polled, **QUIET)
+    detail.cancel.click(handlers.cancel, chosen, None, **QUIET)
+    timer.tick(handlers.poll, [chosen, seen], polled, **POLLING)
+    return TrainTab(
+        use=detail.use,
+        chosen=chosen,
+        refresh=handlers.refresh,
+        offering=offering,
+        offered=controls.subjects,
+        picked=handlers.picked,
+    )
+
+
+def _controls(services: Services) -> Controls:
+    from mole_diffusion.bases import BASES
+
+    blocked = services.jobs.blocked
+    names = services.settings.base_names
+    if blocked:
+        gr.HTML(notes([note(blocked, "warn")]))
+    subjects = gr.CheckboxGroup(
+        label="Subjects", info="Two or more, made for one base.", choices=[], elem_classes="pills", elem_id="experts"
+    )
+    estimate = gr.HTML(elem_id="estimate")
+    go = gr.Button("Train gates", variant="primary", interactive=blocked is None, elem_id="train")
+    with gr.Accordion("Advanced", open=False, elem_classes="fold", elem_id="train-advanced"):
+        base = gr.Dropdown(
+            label="Base",
+            choices=[(BASES.get(name, Path(name).name), name) for name in names],
+            value=services.settings.base,
+            filterable=False,
+        )
+        scope = gr.Radio(label="One weight per subject for", choices=SCOPES, value="token", elem_classes="pills")
+        steps = gr.Slider(
+            label="Steps", minimum=10, maximum=2000, step=10, value=GateRecipe().steps, elem_id="train-steps"
+        )
+        lr = gr.Number(label="Learning rate", info="0 = what suits the base.", value=0)
+        alpha = gr.Number(label="Balance", info="How strongly equal shares are kept.", value=GateRecipe().alpha)
+        seed = gr.Number(label="Seed", value=0, precision=0)
+    return Controls(subjects, estimate, go, base, scope, steps, lr, alpha, seed)
+
+
+def _detail() -> Detail:
+    top = gr.HTML(elem_id="job-head")
+    with gr.Row(elem_classes="actions", elem_id="job-actions"):
+        use = gr.Button("Generate with it", variant="primary", visible=False, size="md", elem_id="use-gates")
+        cancel = gr.Button("Cancel", variant="stop", visible=False, size="md", elem_id="cancel-job")
+    line = gr.HTML(elem_id="job-curve")
+    pictures = gr.HTML(elem_id="job-samples")
+    with gr.Accordion("Log", open=False, visible=False, elem_classes="fold") as box:
+        log = gr.HTML(elem_id="job-log")
+    return Detail(top, line, pictures, box, log, use, cancel)
+
+
+class _Handlers:
+    """What happens on the tab; every method checks whose jobs it touches."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def _owner(self, request: gr.Request) -> str:
+        return owner_of(self._services.settings, request)
+
+    @guarded
+    def refresh(self, base: str, picked: list[str], touched: bool, request: gr.Request) -> Any:
+        """Offer what the library holds now; the two newest are proposed until the visitor has chosen."""
+        entries = self._services.offered(base, self._owner(request))
+        known = [entry.sha256 for entry in entries]
+        kept = [sha for sha in picked or [] if sha in known] if touched else known[:2]
+        return gr.update(choices=[(e.name, e.sha256) for e in entries], value=kept)
+
+    @guarded
+    def rebase(self, base: str, request: gr.Request) -> list[Any]:
+        """Another base has other experts."""
+        return [self.refresh(base, [], False, request), False]
+
+    @guarded
+    def estimate(self, base: str, steps: float) -> str:
+        """How long it will take, in words."""
+        return block(f'<p class="muted">{self._services.jobs.estimate(base, int(steps))}</p>')
+
+    @guarded
+    def start(
+        self, base: str, picked: list[str], scope: str, steps: float, lr: float, alpha: float, seed: float,
+        request: gr.Request,
+    ) -> str:  # fmt: skip
+        """Queue a job and choose it."""
+        recipe = GateRecipe(
+            scope=scope, steps=int(steps), lr=float(lr or 0) or None, alpha=float(alpha), seed=int(seed or 0)
+        )
+        return self._services.jobs.train_gates(base, picked, recipe, self._owner(request))
+
+    @guarded
+    def choose(self, event: gr.EventData) -> str:
+        """A job of the list was clicked."""
+        return str(event.id)
+
+    @guarded
+    def cancel(self, chosen: str, request: gr.Request) -> None:
+        """Ask the chosen job to stop."""
+        self._services.jobs.cancel(chosen, self._owner(request))
+        gr.Info("The job stops after the step it is at.", title="", duration=4)
+
+    @guarded
+    def picked(self, chosen: str, request: gr.Request) -> tuple[str, list[str]]:
+        """Base and experts of the chosen job."""
+        job = self._services.jobs.view(chosen, self._owner(request)).job
+        return str(job.config["base"]), [str(expert["sha256"]) for expert in job.config["experts"]]
+
+    @guarded
+    def poll(self, chosen: str, seen: dict[str, int], request: gr.Request) -> list[Any]:
+        """Draw what has changed since the page last looked."""
+        owner = self._owner(request)
+        jobs = self._services.jobs.list(owner)
+        if not jobs:
+            parts: Sequence[Any] = [empty("No training yet. Gates for two subjects are learned in the background.")]
+            return ["", *_changed(seen, [*parts, "", "", "", False, "", False, False])]
+        chosen = chosen if any(job.id == chosen for job in jobs) else jobs[0].id
+        view = self._services.jobs.view(chosen, owner)
+        running = view.job.state in ("queued", "running")
+        parts = [
+            job_list(jobs, chosen),
+            head(view),
+            curve(view),
+            samples(view),
+            bool(view.log),
+            log_html(view),
+            view.job.state == "finished",
+            running and not view.job.cancel,
+        ]
+        return [chosen, *_changed(seen, parts)]
+
+
+def _changed(seen: dict[str, int], parts: Sequence[Any]) -> list[Any]:
+    """(what was sent, update per part): a part that has not changed is left alone, so nothing flickers."""
+    now = {str(index): hash(part) for index, part in enumerate(parts)}
+    updates = [
+        gr.skip()
+        if seen.get(str(index)) == now[str(index)]
+        else (gr.update(visible=part) if isinstance(part, bool) else part)
+        for index, part in enumerate(parts)
+    ]
+    return [now, *updates]

@@ -1,0 +1,60 @@
+"""kohya-ss files (and everything that writes like them): one flattened module name, then down, up and alpha.
+
+| key | module | origin |
+|---|---|---|
+| lora_unet_down_blocks_1_attentions_0_…_attn1_to_q.lora_down.weight | unet | sd-scripts networks/lora.py, SD 1/2 |
+| lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.… | unet, original SDXL names | the same, SDXL |
+| lora_te_text_model_encoder_layers_0_mlp_fc1.… | text_encoder | SD 1/2 |
+| lora_te1_… / lora_te2_… | text_encoder / text_encoder_2 | SDXL |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mole_diffusion.experts.canonical import LowRank
+from mole_diffusion.experts.formats import Converted
+from mole_diffusion.experts.formats.pairs import Parts, build_pair, unmatched_keys
+from mole_diffusion.experts.names import Resolver
+from mole_diffusion.experts.safefile import Header
+
+NAME = "kohya"
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_KEY = re.compile(r"(lora_unet_|lora_te[12]?_)([A-Za-z0-9_]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+
+
+def matches(header: Header) -> bool:
+    """Any key in kohya's prefixes."""
+    return any(key.startswith(tuple(PREFIXES)) for key in header.tensors)
+
+
+def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | None = None) -> Converted:
+    """Tensors by name → canonical modules; scale = alpha / dim per module."""
+    resolver = resolver or Resolver()
+    grouped: dict[str, Parts] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        module = resolver.key(PREFIXES[match[1]], match[2]) if match else None
+        if match and module:
+            grouped.setdefault(module, Parts()).add(_PARTS[match[3]], key, tensor)
+    modules: dict[str, LowRank] = {}
+    alphas: dict[str, float] = {}
+    placed: set[str] = set()
+    for module, parts in grouped.items():
+        built = build_pair(module, parts)
+        if built is None:
+            continue
+        modules[module] = built[0]
+        if built[1] is not None:
+            alphas[module] = built[1]
+        placed.update(parts.keys.values())
+    return Converted(modules, unmatched_keys(tensors, placed), alphas)

@@ -1,0 +1,61 @@
+"""Shared by the layouts: put down, up and alpha of one module together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mole_diffusion.errors import InvalidFile
+from mole_diffusion.experts.canonical import LowRank
+
+
+@dataclass
+class Parts:
+    """Tensors of one module by their part (down, up, alpha), and the key that each came under."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def add(self, part: str, key: str, tensor: Tensor) -> None:
+        """Note one tensor; two keys that mean the same part are refused."""
+        if part in self.keys:
+            raise InvalidFile(f"{self.keys[part]!r} and {key!r} are the same weight twice: refused as ambiguous.")
+        self.tensors[part] = tensor
+        self.keys[part] = key
+
+
+def build_pair(module: str, parts: Parts, default_scale: float | None = None) -> tuple[LowRank, float | None] | None:
+    """One module's pair and its α; None where down or up is missing.
+
+    scale = α / r; α absent or 0 means α = r, or ``default_scale`` where the file's metadata gives one.
+    """
+    down, up = parts.tensors.get("down"), parts.tensors.get("up")
+    if down is None or up is None:
+        return None
+    if up.ndim == 4:
+        if tuple(up.shape[2:]) != (1, 1):
+            raise InvalidFile(f"The up weight of {module} has the shape {tuple(up.shape)}, expected a 1×1 convolution.")
+        up = up.flatten(1)
+    down, up = (tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in (down, up))
+    alpha = _alpha(module, parts.tensors.get("alpha"))
+    if alpha:
+        scale = alpha / down.shape[0] if down.shape[0] else 1.0
+    else:
+        scale = 1.0 if default_scale is None else default_scale
+    return LowRank(down, up, scale), alpha or None
+
+
+def unmatched_keys(all_keys: Mapping[str, object], placed: set[str]) -> tuple[str, ...]:
+    """Keys that no module took, by name."""
+    return tuple(sorted(key for key in all_keys if key not in placed))
+
+
+def _alpha(module: str, alpha: Tensor | None) -> float:
+    if alpha is None:
+        return 0.0
+    if alpha.numel() != 1:
+        raise InvalidFile(f"The alpha of {module} must be one number, got the shape {tuple(alpha.shape)}.")
+    return float(alpha.reshape(()))

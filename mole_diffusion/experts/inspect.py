@@ -1,0 +1,143 @@
+"""What is this file, and does it fit? Answers for people, the command line and the page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mole_diffusion.errors import BaseMismatch, InvalidFile, MoleError
+from mole_diffusion.experts.canonical import Expert
+from mole_diffusion.experts.load import Opened, open_lora, to_expert
+from mole_diffusion.experts.names import ModuleShapes, align
+from mole_diffusion.experts.recognise import refuse_unmatched
+from mole_diffusion.experts.safefile import Source, read_header
+from mole_diffusion.experts.sniff import describe_size
+
+
+class HasShapes(Protocol):
+    """The part of a base that inspection needs."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+    def module_shapes(self) -> ModuleShapes:
+        """Weight shapes keyed as experts key their modules."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The result of looking at one file. ``ok`` = usable as an expert (of the given base, if one was given)."""
+
+    ok: bool
+    reason: str
+    size: int = 0
+    sha256: str | None = None
+    layout: str | None = None
+    producer: str | None = None
+    base: str | None = None
+    fits: str | None = None
+    trigger: str | None = None
+    role: str | None = None
+    ranks: dict[int, int] = field(default_factory=dict)
+    alphas: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
+    matched: int = 0
+    unmatched: int = 0
+    examples: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        if not self.ok:
+            return self.reason
+        ranks = ", ".join(str(rank) for rank in self.ranks)
+        targets = ", ".join(f"{count} in {component}" for component, count in self.targets.items())
+        base = self.fits or self.base or "an unknown base"
+        trigger = f"trigger {self.trigger!r}" if self.trigger else "no trigger word stated"
+        return f"A LoRA for {base}: rank {ranks}, {targets}, {trigger}, {describe_size(self.size)} ({self.producer})."
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dumps``."""
+        content = asdict(self)
+        return {**content, "ranks": {str(rank): count for rank, count in self.ranks.items()}}
+
+
+def inspect_file(source: Source, base: HasShapes | None = None) -> Inspection:
+    """Look at a file; never raises for what is in it."""
+    shapes = base.module_shapes() if base is not None else None
+    try:
+        opened = open_lora(source, shapes)
+    except InvalidFile as error:
+        return Inspection(False, str(error), size=_size(source))
+    except OSError as error:
+        return Inspection(False, f"Cannot read the file: {error.strerror or error}.")
+    return _judge(opened, base)
+
+
+def check_fits(expert: Expert, base: HasShapes) -> None:
+    """Compare every module of an expert with the base's weight shapes.
+
+    Raises:
+        BaseMismatch: names the first module that is missing or has another shape, and what the expert seems made for.
+    """
+    misfit = find_misfit(expert, base.module_shapes())
+    if misfit:
+        made_for = f" It was made for {expert.base}." if expert.base and expert.base != base.family else ""
+        raise BaseMismatch(f"The LoRA {expert.name!r} does not fit {base.title}: {misfit}.{made_for}")
+
+
+def find_misfit(expert: Expert, shapes: ModuleShapes) -> str | None:
+    """Why the expert does not fit, None where it does."""
+    missing, wrong = [], []
+    for key, pair in expert.modules.items():
+        name = align(key, shapes)
+        if name is None:
+            missing.append(key)
+        elif pair.reshaped(tuple(shapes[name])) is None:
+            wrong.append(f"{key} needs {tuple(shapes[name])} and gets {pair.weight_shape}")
+    if wrong:
+        return f"{len(wrong)} of {len(expert.modules)} modules have another shape ({wrong[0]})"
+    return f"{len(missing)} of {len(expert.modules)} modules do not exist there ({missing[0]})" if missing else None
+
+
+def _judge(opened: Opened, base: HasShapes | None) -> Inspection:
+    converted, reason, expert = opened.converted, "", None
+    try:
+        refuse_unmatched(converted.unmatched, len(opened.header.tensors) - len(converted.unmatched))
+        expert = to_expert(opened, name="this file")
+        if base is not None:
+            check_fits(expert, base)
+    except MoleError as error:
+        reason = str(error)
+    return Inspection(
+        ok=not reason,
+        reason=reason,
+        size=opened.header.size,
+        sha256=opened.sha256,
+        layout=opened.layout,
+        producer=expert.producer if expert else None,
+        base=expert.base if expert else None,
+        fits=base.title if base is not None and not reason else None,
+        trigger=expert.trigger if expert else None,
+        role=expert.role if expert else None,
+        ranks=dict(sorted(Counter(pair.rank for pair in converted.modules.values()).items())),
+        alphas=dict(Counter(f"{alpha:g}" for alpha in converted.alphas.values())),
+        targets=dict(Counter(key.split(".", 1)[0] for key in converted.modules)),
+        matched=len(opened.header.tensors) - len(converted.unmatched),
+        unmatched=len(converted.unmatched),
+        examples=tuple(key[:200] for key in converted.unmatched[:3]),
+    )
+
+
+def _size(source: Source) -> int:
+    if isinstance(source, bytes):
+        return len(source)
+    try:
+        return read_header(source).size
+    except MoleError:
+        return Path(source).stat().st_size if Path(source).is_file() else 0

@@ -1,0 +1,111 @@
+"""Tell a LoRA from the many other things that come as safetensors, by key names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+from mole_diffusion.errors import InvalidFile
+from mole_diffusion.experts.formats import Format, find_format
+from mole_diffusion.experts.safefile import MAX_BYTES, Header
+from mole_diffusion.experts.sniff import describe_size
+
+# A part of a key → why the file is refused. Support for these comes later, each needs maths of its own.
+UNSUPPORTED = {
+    ".hada_w": "LoHa (a product of two low-rank pairs)",
+    ".lokr_w": "LoKr (a Kronecker product)",
+    ".dora_scale": "DoRA (a trained magnitude beside the low-rank pair)",
+    "lora_magnitude_vector": "DoRA (a trained magnitude beside the low-rank pair)",
+    ".lora_mid.": "LoCon with a middle tensor (Tucker decomposition)",
+    "bundle_emb": "a LoRA with bundled text embeddings",
+    ".oft_": "OFT (orthogonal fine-tuning)",
+    ".boft_": "BOFT (orthogonal fine-tuning)",
+    ".w_norm": "trained normalisation layers beside the LoRA",
+    ".b_norm": "trained normalisation layers beside the LoRA",
+    ".lora_embedding_": "a trained token embedding",
+    "lora_mixer": "MoSLoRA with its mixer; export it as a plain LoRA first",
+    "lora_AB": "MoSLoRA with its mixer; export it as a plain LoRA first",
+}
+_CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+_MODEL_PARTS = {
+    "a full UNet": ("down_blocks.", "up_blocks.", "mid_block."),
+    "a text encoder": ("text_model.", "encoder.layers."),
+    "a VAE": ("decoder.", "encoder.down", "quant_conv"),
+    "a diffusion transformer": ("transformer_blocks.", "single_transformer_blocks.", "double_blocks."),
+}
+_OTHER_BASES = {
+    "lora_transformer_": "Flux or SD 3",
+    "lora_unet_double_blocks": "Flux",
+    "lora_unet_joint_blocks": "SD 3",
+    "transformer.": "Flux or SD 3",
+    "diffusion_model.double_blocks": "Flux",
+    "lora_prior_": "Stable Cascade",
+}
+
+
+def recognise(header: Header) -> Format:
+    """The layout of a LoRA file.
+
+    Raises:
+        InvalidFile: a full model, an embedding, an unsupported kind of adapter, or nothing known; says which.
+    """
+    keys = list(header.tensors)
+    if "mole.composition" in header.metadata:
+        raise InvalidFile("This is a saved composition, not a LoRA: open it as a composition.")
+    if not keys:
+        raise InvalidFile("This safetensors file holds no tensors: it is not a LoRA.")
+    _refuse_model(keys, header)
+    for part, meaning in UNSUPPORTED.items():
+        hit = next((key for key in keys if part in key), None)
+        if hit:
+            raise InvalidFile(f"This file is {meaning}, which is not supported yet (for example {hit[:80]!r}).")
+    for prefix, family in _OTHER_BASES.items():
+        if any(key.startswith(prefix) for key in keys):
+            raise InvalidFile(f"This LoRA was made for {family}; only Stable Diffusion 2.1 and SDXL LoRAs fit here.")
+    full = next((key for key in keys if key.endswith((".diff", ".diff_b"))), None)
+    if full:
+        raise InvalidFile(
+            f"This file holds full weight differences ({full[:80]!r}), not a low-rank pair: not supported."
+        )
+    layout = find_format(header)
+    if layout is None:
+        _refuse_unknown(keys)
+    if header.size > MAX_BYTES:
+        raise InvalidFile(f"Expected a LoRA of at most {describe_size(MAX_BYTES)}, got {describe_size(header.size)}.")
+    return layout
+
+
+def refuse_unmatched(unmatched: Iterable[str], matched: int) -> None:
+    """A file is applied as a whole or not at all.
+
+    Raises:
+        InvalidFile: names up to three of the keys that nobody understands.
+    """
+    left = list(unmatched)
+    if left:
+        shown = ", ".join(repr(key[:80]) for key in left[:3])
+        raise InvalidFile(
+            f"{len(left)} of {len(left) + matched} tensors in this file are not understood ({shown}"
+            f"{', …' if len(left) > 3 else ''}); it is not applied in part."
+        )
+
+
+def _refuse_model(keys: list[str], header: Header) -> None:
+    if any(key.startswith(_CHECKPOINT_PREFIXES) for key in keys):
+        raise InvalidFile(
+            f"This is a full model checkpoint ({describe_size(header.size)}), not a LoRA: upload the LoRA alone."
+        )
+    if any("lora" in key or "hada" in key or "lokr" in key for key in keys):
+        return
+    for kind, prefixes in _MODEL_PARTS.items():
+        if sum(key.removeprefix("unet.").startswith(prefixes) for key in keys) > len(keys) / 2:
+            raise InvalidFile(f"This is {kind} ({describe_size(header.size)}), not a LoRA: upload the LoRA alone.")
+
+
+def _refuse_unknown(keys: list[str]) -> NoReturn:
+    if {"emb_params", "clip_l", "clip_g", "string_to_param"} & set(keys) or any(key.startswith("<") for key in keys):
+        raise InvalidFile("This is a textual-inversion embedding, not a LoRA: it cannot be an expert.")
+    raise InvalidFile(
+        f"This safetensors file is not a LoRA: none of its {len(keys)} tensors is a low-rank weight "
+        f"(for example {keys[0][:80]!r})."
+    )

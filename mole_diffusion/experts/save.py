@@ -1,0 +1,106 @@
+"""Write experts for other tools; a killed process never leaves half a file under the real name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mole_diffusion.errors import InvalidRequest
+from mole_diffusion.experts.canonical import Expert, LowRank
+
+
+def save_expert(
+    expert: Expert | Mapping[str, LowRank],
+    path: str | Path,
+    *,
+    format: Literal["diffusers", "kohya"] = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write one safetensors file, atomically.
+
+    Args:
+        expert: an expert, or its modules.
+        path: the file to write.
+        format: ``diffusers`` = PEFT keys, scale folded into B, loads with ``pipe.load_lora_weights``; ``kohya`` =
+            flattened diffusers names with one alpha per module, loads in ComfyUI and the like.
+        metadata: header strings; those of the expert (trigger, base family, role) are added where absent.
+        dtype: store in this dtype; default: as the expert has them.
+
+    Raises:
+        InvalidRequest: unknown format.
+    """
+    modules = expert.modules if isinstance(expert, Expert) else expert
+    if format == "diffusers":
+        tensors = _diffusers(modules)
+    elif format == "kohya":
+        tensors = _kohya(modules)
+    else:
+        raise InvalidRequest(f"Expected the format diffusers or kohya, got {format!r}.")
+    if dtype is not None:
+        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    header = {**_metadata(expert), **(metadata or {})}
+    return write_safetensors({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(path), header)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
+    """Write beside the target, then rename over it."""
+    from safetensors.torch import save
+
+    data = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, dict(metadata) or None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _diffusers(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    tensors = {}
+    for key, pair in modules.items():
+        name = _with_text_model(key)
+        up = (pair.b.float() * pair.scale).to(pair.b.dtype)
+        tensors[f"{name}.lora_A.weight"] = pair.a.clone()
+        tensors[f"{name}.lora_B.weight"] = up[..., None, None] if pair.a.ndim == 4 else up
+    return tensors
+
+
+def _kohya(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    sdxl = any(key.startswith("text_encoder_2.") for key in modules)
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2"}
+    tensors = {}
+    for key, pair in modules.items():
+        component, _, path = _with_text_model(key).partition(".")
+        name = f"{prefixes[component]}_{path.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = pair.a.clone()
+        tensors[f"{name}.lora_up.weight"] = (pair.b[..., None, None] if pair.a.ndim == 4 else pair.b).clone()
+        tensors[f"{name}.alpha"] = torch.tensor(pair.scale * pair.rank, dtype=torch.float32)
+    return tensors
+
+
+def _with_text_model(key: str) -> str:
+    """Files spell text towers with ``text_model.``, which every version of every tool reads."""
+    component, _, path = key.partition(".")
+    if not component.startswith("text_encoder") or path == "text_projection":
+        return key
+    return f"{component}.text_model.{path.removeprefix('text_model.')}"
+
+
+def _metadata(expert: Expert | Mapping[str, LowRank]) -> dict[str, str]:
+    if not isinstance(expert, Expert):
+        return {}
+    stated = {"modelspec.trigger_phrase": expert.trigger, "mole.base": expert.base, "mole.role": expert.role}
+    return {**expert.metadata, **{key: value for key, value in stated.items() if value}}

@@ -1,0 +1,236 @@
+"""Pure tensor maths of gates and composition; no modules, no state. Weights are (…, N) with N experts last.
+
+Equation numbers are those of MoLE, arXiv 2404.13628.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NULL_START = -3.0
+_ALMOST_ONE = 0.99
+
+
+def nla_weights(count: int, mask: Tensor | None = None) -> Tensor:
+    """Normalised linear arithmetic (Eq. 2): 1/N for every active expert.
+
+    Args:
+        count: N.
+        mask: (N,) bool, True = active.
+
+    Returns:
+        (N,) fp32; all zero where nothing is active.
+    """
+    weights = torch.full((count,), 1.0 / count if count else 0.0)
+    return weights if mask is None else renormalise(weights.to(mask.device), mask)
+
+
+def renormalise(weights: Tensor, mask: Tensor) -> Tensor:
+    """Switch experts off and give their weight to the others in proportion; the total stays what it was.
+
+    Args:
+        weights: (…, N).
+        mask: (N,) bool, True = active.
+
+    Returns:
+        (…, N); zero where no active expert has any weight.
+    """
+    kept = torch.where(mask, weights, torch.zeros_like(weights))
+    total = kept.sum(-1, keepdim=True)
+    share = weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total)
+    return kept * torch.where(total == 0, torch.zeros_like(share), share)
+
+
+def softmax_gate(logits: Tensor, tau: Tensor | float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """G = softmax(ε / τ) over the active experts (Eq. 11); the others get exactly 0.
+
+    Args:
+        logits: ε, (…, N).
+        tau: temperature > 0, a number or a 0-d tensor.
+        mask: (N,) bool, True = active; None = all.
+
+    Returns:
+        (…, N); all zero where nothing is active. Equal to :func:`renormalise` of the unmasked gate.
+    """
+    scaled = logits / tau
+    if mask is None:
+        return scaled.softmax(-1)
+    hidden = scaled.masked_fill(~mask, torch.finfo(scaled.dtype).min)
+    return hidden.softmax(-1) * mask.to(scaled.dtype)
+
+
+def null_gate(logits: Tensor, null: Tensor, tau: Tensor | float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the experts and one expert that does nothing, so that places may stay the base's.
+
+    Args:
+        logits: (…, N).
+        null: (…, 1) or broadcastable: the null expert's logit, before ``NULL_START`` is added; at 0 the experts share
+            1 − e⁻³ / (N + e⁻³) of the weight, close to NLA.
+        tau, mask: as in :func:`softmax_gate`; the null expert is never masked.
+
+    Returns:
+        (…, N), the null expert's share left out.
+    """
+    null = (null + NULL_START).expand(*logits.shape[:-1], 1)
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(1)])
+    return softmax_gate(torch.cat([logits, null], -1), tau, mask)[..., :-1]
+
+
+def sigmoid_gate(logits: Tensor, tau: Tensor | float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Independent weights in (0, 1), 1/N at logit 0 (0.99 for a single expert).
+
+    Experts do not compete here, so a masked one leaves its share to nobody.
+    """
+    start = min(1.0 / logits.shape[-1], _ALMOST_ONE)
+    weights = torch.sigmoid(logits / tau + math.log(start / (1.0 - start)))
+    return weights if mask is None else weights * mask.to(weights.dtype)
+
+
+def mean_gate(weights: Tensor, places: Tensor | None = None) -> Tensor:
+    """Mean gate of one block.
+
+    Args:
+        weights: (B, L, N).
+        places: (B, L) non-negative weights of the places that count; None = all alike.
+
+    Returns:
+        (N,).
+    """
+    if places is None:
+        return weights.mean((0, 1))
+    places = places.to(weights.dtype).unsqueeze(-1)
+    return (weights * places).sum((0, 1)) / places.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def balance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """L_balance = −log Π_i q_i with q the mean gate over the M gated blocks (Eq. 14-15), differentiable.
+
+    The mean gate is normalised first, which changes nothing for a softmax gate and makes the loss meaningful for gates
+    whose total is free. The minimum is N·log N, reached when the mean is uniform.
+
+    Args:
+        weights: (M, N) one mean gate per block.
+        mask: (N,) bool; inactive experts are left out of the product.
+
+    Returns:
+        0-d tensor.
+    """
+    mean = weights.mean(0)
+    if mask is not None:
+        mean = mean[mask]
+    tiny = torch.finfo(mean.dtype).tiny
+    share = mean / mean.sum().clamp_min(tiny)
+    return -share.clamp_min(tiny).log().sum()
+
+
+def rank_expand(weights: Tensor, ranks: Sequence[int]) -> Tensor:
+    """One weight per expert → one weight per row of the stacked A.
+
+    Args:
+        weights: (…, N).
+        ranks: r_1 … r_N.
+
+    Returns:
+        (…, Σ r_i).
+    """
+    repeats = torch.tensor(list(ranks), device=weights.device)
+    return weights.repeat_interleave(repeats, dim=-1, output_size=int(sum(ranks)))
+
+
+def gram(b: Tensor, scale: float = 1.0) -> Tensor:
+    """(s·B)ᵀ(s·B), (r, r): gives ‖s·B·u‖² = uᵀ·gram·u without building the wide product.
+
+    Args:
+        b: (d_out, r).
+    """
+    wide = scale * b.float()
+    return wide.T @ wide
+
+
+def energy(down: Tensor, grams: Tensor) -> Tensor:
+    """‖s·B·A·x‖² of one expert from its A·x: independent of the basis that the LoRA happens to use.
+
+    Args:
+        down: A·x, (…, r).
+        grams: (r, r) from :func:`gram`.
+
+    Returns:
+        (…).
+    """
+    return torch.einsum("...i,ij,...j->...", down.float(), grams, down.float())
+
+
+def trigger_spans(ids: Tensor, triggers: Sequence[Sequence[int]]) -> Tensor:
+    """Where each expert's trigger stands in each prompt.
+
+    Args:
+        ids: (B, T) token ids.
+        triggers: N token id sequences without special tokens; an empty one is found nowhere.
+
+    Returns:
+        (B, T, N) bool, True on every token of every occurrence.
+    """
+    rows, length = ids.shape
+    spans = torch.zeros(rows, length, len(triggers), dtype=torch.bool, device=ids.device)
+    for expert, trigger in enumerate(triggers):
+        size = len(trigger)
+        if not 0 < size <= length:
+            continue
+        wanted = torch.tensor(list(trigger), device=ids.device, dtype=ids.dtype)
+        starts = (ids.unfold(1, size, 1) == wanted).all(-1)
+        for offset in range(size):
+            spans[:, offset : offset + starts.shape[1], expert] |= starts
+    return spans
+
+
+def timestep_features(timesteps: Tensor, width: int = 64) -> Tensor:
+    """Sinusoidal features of diffusion timesteps.
+
+    Args:
+        timesteps: (B,).
+        width: even.
+
+    Returns:
+        (B, width) fp32.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timesteps.device) / half)
+    angles = timesteps.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def to_maps(weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H·W, N) → (B, N, H, W); (B, 1, N) → (B, N, 1, 1)."""
+    rows, places, count = weights.shape
+    height, width = (1, 1) if places == 1 else grid
+    return weights.transpose(1, 2).reshape(rows, count, height, width)
+
+
+def resample(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Gate maps on another grid: area mean where it shrinks, nearest where it grows; constants stay constant.
+
+    Args:
+        maps: (B, N, H, W).
+
+    Returns:
+        (B, N, *grid), or ``maps`` itself where it already fits or is a single place.
+    """
+    if tuple(maps.shape[-2:]) in (grid, (1, 1)):
+        return maps
+    if maps.shape[-2] >= grid[0] and maps.shape[-1] >= grid[1]:
+        return F.adaptive_avg_pool2d(maps, grid)
+    return F.interpolate(maps, size=grid, mode="nearest")
+
+
+def token_grid(places: int, latent: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of ``places`` image tokens that came from a latent grid by halving (rounding up)."""
+    height, width = latent
+    while height * width > places and (height > 1 or width > 1):
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    return (height, width) if height * width == places else (1, places)

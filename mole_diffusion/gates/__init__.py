@@ -1,0 +1,26 @@
+"""Gates: what gives each expert its weight. One per file, one protocol."""
+
+from __future__ import annotations
+
+from mole_diffusion.gates.block import BlockGate
+from mole_diffusion.gates.config import GateConfig, StaticWeights, TriggerSpans, learned_static, nla, weighted_sum
+from mole_diffusion.gates.learned import LearnedGates
+from mole_diffusion.gates.protocol import BlockSpec, Gate, Run
+from mole_diffusion.gates.span import SpanGate
+from mole_diffusion.gates.static import StaticGate
+
+__all__ = [
+    "BlockGate",
+    "BlockSpec",
+    "Gate",
+    "GateConfig",
+    "LearnedGates",
+    "Run",
+    "SpanGate",
+    "StaticGate",
+    "StaticWeights",
+    "TriggerSpans",
+    "learned_static",
+    "nla",
+    "weighted_sum",
+]

@@ -1,0 +1,84 @@
+"""The gate of one block: LayerNorm → Linear → SiLU → Linear to N, with a learned temperature (Eq. 9-11).
+
+The paper flattens the experts' outputs over all tokens, which fixes N and the resolution; its code uses the block's own
+hidden state. This gate uses the hidden state, pooled over tokens for the sample scope, and works at any size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mole_diffusion.functional import null_gate, sigmoid_gate, softmax_gate
+from mole_diffusion.gates.config import GateConfig
+
+TIME_WIDTH = 64
+
+
+class BlockGate(nn.Module):
+    """Weights of N experts from features of width ``width``; the zeroed last layer makes it start at NLA.
+
+    Args:
+        width: channels of the features.
+        experts: N.
+        config: the gate's settings.
+        spans: add a learned preference for an expert on the tokens of its own trigger.
+    """
+
+    def __init__(self, width: int, experts: int, config: GateConfig, *, spans: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.experts = experts
+        self.down = nn.Linear(width, config.hidden)
+        self.up = nn.Linear(config.hidden, experts + (config.scale == "null"))
+        self.log_tau = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        self.time = nn.Linear(TIME_WIDTH, config.hidden, bias=False) if config.timestep else None
+        self.gain = nn.Parameter(torch.ones(())) if config.gain else None
+        self.span = nn.Parameter(torch.tensor(float(config.text_prior))) if spans else None
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        if self.time is not None:
+            nn.init.zeros_(self.time.weight)
+
+    def logits(self, features: Tensor, time: Tensor | None, spans: Tensor | None, pool: bool) -> Tensor:
+        """ε before the temperature: (B, L or 1, N), one more for a null expert."""
+        normed = F.layer_norm(features.float(), features.shape[-1:])
+        hidden = self.down(normed.mean(1, keepdim=True) if pool else normed)
+        if self.time is not None and time is not None:
+            hidden = hidden + self.time(time).unsqueeze(1)
+        logits = self.up(F.silu(hidden))
+        if self.span is None or spans is None:
+            return logits
+        prior = F.pad(spans.float(), (0, logits.shape[-1] - self.experts))
+        return logits + self.span * prior
+
+    def forward(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        time: Tensor | None = None,
+        spans: Tensor | None = None,
+        *,
+        pool: bool,
+    ) -> Tensor:
+        """Weights without the gain.
+
+        Args:
+            features: (B, L, width) hidden states.
+            mask: (N,) bool, True = active.
+            time: (B, 64) features of the timestep.
+            spans: (B, L, N) bool.
+            pool: one weight vector per row (scope sample) instead of one per token.
+
+        Returns:
+            (B, 1 or L, N) fp32.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self.logits(features, time, spans, pool)
+        tau = self.log_tau.exp()
+        if self.config.scale == "null":
+            return null_gate(logits[..., :-1], logits[..., -1:], tau, mask)
+        return (sigmoid_gate if self.config.scale == "sigmoid" else softmax_gate)(logits, tau, mask)

@@ -1,0 +1,157 @@
+"""What a gate should be: frozen settings; unknown fields and contradictions raise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from mole_diffusion.errors import InvalidRequest
+
+GuidanceRows = Literal["reuse", "own"]
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """A learned gate per block (MoLE).
+
+    Attributes:
+        granularity: "block" = one gate per BasicTransformerBlock and ResnetBlock2D; targets outside any block share
+            one gate named "network" that sees the timestep and the pooled text.
+        scope: "sample" = one weight per expert and image (the paper); "token" = one per expert and place.
+        scale: "softmax" (Eq. 11); "null" = softmax with one more expert that does nothing; "sigmoid" = independent.
+        gain: one learned factor per gate, 1 at the start.
+        temperature: τ at the start; learned per gate.
+        hidden: width of each gate's hidden layer.
+        timestep: let the gate see the diffusion timestep.
+        guidance_rows: with guidance, unconditional rows "reuse" the conditional rows' weights or compute their "own".
+        text_prior: start value of the learned weight that a trigger's own tokens add to its expert's logit (token
+            scope, keys and values of cross-attention); 0 = start at NLA.
+        text_encoder: weights of experts of the text encoders: "nla", or "span" = 1 on the expert's own trigger.
+    """
+
+    granularity: Literal["block"] = "block"
+    scope: Literal["sample", "token"] = "sample"
+    scale: Literal["softmax", "null", "sigmoid"] = "softmax"
+    gain: bool = False
+    temperature: float = 1.0
+    hidden: int = 64
+    timestep: bool = True
+    guidance_rows: GuidanceRows = "reuse"
+    text_prior: float = 0.0
+    text_encoder: Literal["nla", "span"] = "nla"
+
+    def __post_init__(self) -> None:
+        _one_of("granularity", self.granularity, ("block",))
+        _one_of("scope", self.scope, ("sample", "token"))
+        _one_of("scale", self.scale, ("softmax", "null", "sigmoid"))
+        _one_of("guidance_rows", self.guidance_rows, ("reuse", "own"))
+        _one_of("text_encoder", self.text_encoder, ("nla", "span"))
+        for name in ("gain", "timestep"):
+            _one_of(name, getattr(self, name), (True, False))
+        if not (_is_number(self.temperature) and 1e-3 <= self.temperature <= 1e3):
+            raise InvalidRequest(f"temperature must be between 0.001 and 1000, got {self.temperature!r}.")
+        if not (type(self.hidden) is int and 1 <= self.hidden <= 4096):
+            raise InvalidRequest(f"hidden must be a whole number between 1 and 4096, got {self.hidden!r}.")
+        if not (_is_number(self.text_prior) and abs(self.text_prior) <= 100):
+            raise InvalidRequest(f"text_prior must be a number between -100 and 100, got {self.text_prior!r}.")
+
+
+@dataclass(frozen=True)
+class StaticWeights:
+    """Weights that see no input: sum, NLA, per-block numbers, a collapsed gate.
+
+    Attributes:
+        weights: one number per gated expert; or block name → such numbers, where "*" stands for every block that is
+            not named. Blocks are those of :class:`GateConfig`, "network", "text_encoder" and "text_encoder_2".
+        learnable: train one free vector per block, from these start values.
+        redistribute: a masked expert's weight goes to the others in proportion; off for plain sums.
+    """
+
+    weights: Sequence[float] | Mapping[str, Sequence[float]]
+    learnable: bool = False
+    redistribute: bool = True
+
+    def __post_init__(self) -> None:
+        rows = self.weights.values() if isinstance(self.weights, Mapping) else [self.weights]
+        lengths = {len(row) for row in rows}
+        if len(lengths) != 1:
+            raise InvalidRequest("Every block of static weights needs one number per expert.")
+        if not all(_is_number(value) for row in rows for value in row):
+            raise InvalidRequest("Static weights must be finite numbers.")
+        frozen = (
+            {str(block): tuple(map(float, row)) for block, row in self.weights.items()}
+            if isinstance(self.weights, Mapping)
+            else tuple(map(float, self.weights))
+        )
+        object.__setattr__(self, "weights", frozen)
+
+
+@dataclass(frozen=True)
+class TriggerSpans:
+    """Training-free: keys and values of cross-attention (and text encoders) give an expert weight 1 on the tokens of
+    its own trigger and NLA on the others; every other module gets NLA.
+    """
+
+    guidance_rows: GuidanceRows = "reuse"
+
+    def __post_init__(self) -> None:
+        _one_of("guidance_rows", self.guidance_rows, ("reuse", "own"))
+
+
+AnyGate = GateConfig | StaticWeights | TriggerSpans
+_KINDS: dict[str, type[GateConfig] | type[StaticWeights] | type[TriggerSpans]] = {
+    "learned": GateConfig,
+    "static": StaticWeights,
+    "trigger_spans": TriggerSpans,
+}
+
+
+def nla(count: int) -> StaticWeights:
+    """Normalised linear arithmetic (Eq. 2): 1/N each."""
+    return StaticWeights((1.0 / count,) * count)
+
+
+def weighted_sum(weights: int | Sequence[float]) -> StaticWeights:
+    """Plain sum (Eq. 1): 1 each, or the given factors; masking one expert leaves the others alone."""
+    return StaticWeights((1.0,) * weights if isinstance(weights, int) else tuple(weights), redistribute=False)
+
+
+def learned_static(count: int) -> StaticWeights:
+    """One free vector per block, from NLA: the baseline that tells whether looking at the input helps."""
+    return StaticWeights((1.0 / count,) * count, learnable=True)
+
+
+def gate_to_json(gate: AnyGate) -> dict[str, Any]:
+    """Plain values, with the kind."""
+    kind = next(name for name, cls in _KINDS.items() if isinstance(gate, cls))
+    return {"kind": kind, **asdict(gate)}
+
+
+def gate_from_json(content: Mapping[str, Any]) -> AnyGate:
+    """The reverse of :func:`gate_to_json`.
+
+    Raises:
+        InvalidRequest: unknown kind, unknown or ill-typed field.
+    """
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise InvalidRequest(f"Expected a gate of the kind {', '.join(_KINDS)}, got {kind!r}.")
+    known = {field.name for field in fields(_KINDS[kind])}
+    unknown = sorted(set(content) - known - {"kind"})
+    if unknown:
+        raise InvalidRequest(f"Unknown settings of a {kind} gate: {', '.join(map(str, unknown))}.")
+    try:
+        return _KINDS[kind](**{key: value for key, value in content.items() if key != "kind"})
+    except (TypeError, AttributeError, ValueError) as error:
+        raise InvalidRequest(f"The settings of this {kind} gate are malformed: {error}.") from error
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str | bool, ...]) -> None:
+    if type(value) is not type(allowed[0]) or value not in allowed:
+        raise InvalidRequest(f"{name} must be {' or '.join(map(str, allowed))}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,8 @@
+"""Frozen layers with a bank of stacked experts beside them."""
+
+from __future__ import annotations
+
+from mole_diffusion.layers.bank import ExpertBank
+from mole_diffusion.layers.composed import ComposedConv2d, ComposedLinear, Weigher, compose_layer
+
+__all__ = ["ComposedConv2d", "ComposedLinear", "ExpertBank", "Weigher", "compose_layer"]

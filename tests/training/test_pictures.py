@@ -1,0 +1,95 @@
+"""Reading users' pictures: limits, damage, transparency, augmentation."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mole_diffusion.errors import InvalidRequest
+from tests.tiny import cut_out
+from training.data.augment import augment
+from training.data.pictures import Limits, has_mask, read_picture, read_pictures
+
+
+def test_reads_cutouts_and_photos_by_name(tmp_path: Path) -> None:
+    cut_out("red").save(tmp_path / "b.png")
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "a.JPG", "JPEG")
+    Image.new("RGBA", (20, 20), (1, 2, 3, 255)).save(tmp_path / "c.webp")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    pictures = read_pictures(tmp_path)
+    assert [picture.mode for picture in pictures] == ["RGB", "RGBA", "RGB"]
+    assert [has_mask(picture) for picture in pictures] == [False, True, False]
+
+
+def test_exif_rotation_is_applied_and_dropped(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    picture = read_picture(tmp_path / "a.jpg")
+    assert picture.size == (20, 40) and "exif" not in picture.info
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="not a folder"):
+        read_pictures(tmp_path / "none")
+    with pytest.raises(InvalidRequest, match="no picture"):
+        read_pictures(tmp_path)
+
+
+def test_limits(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
+    with pytest.raises(InvalidRequest, match="at most 1"):
+        read_pictures(tmp_path, Limits(count=1))
+    with pytest.raises(InvalidRequest, match="MB"):
+        read_picture(tmp_path / "a.png", Limits(file_size=10))
+    with pytest.raises(InvalidRequest, match="64×64 pixels; at most"):
+        read_picture(tmp_path / "a.png", Limits(pixels=1000))
+    with pytest.raises(InvalidRequest, match="each side needs"):
+        read_picture(tmp_path / "a.png", Limits(shortest_side=65))
+
+
+def test_damaged_pictures(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
+    data = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    Image.new("RGB", (32, 32)).save(tmp_path / "gif.png", "GIF")
+    for name in ("text.png", "cut.png", "gif.png"):
+        with pytest.raises(InvalidRequest, match=f"{name} cannot be read"):
+            read_picture(tmp_path / name)
+
+
+def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
+    with pytest.raises(InvalidRequest):
+        read_picture(tmp_path / "bomb.png")
+
+
+def test_cutouts_are_augmented_on_backgrounds_named_in_captions() -> None:
+    made = [augment(cut_out("red"), "zwx robot", 64, np.random.default_rng(n)) for n in range(40)]
+    captions = {item.caption for item in made}
+    assert all(item.picture.shape == (3, 64, 64) for item in made)
+    assert "a zwx robot" in captions and len(captions) > 5
+    assert all(caption.startswith("a zwx robot") for caption in captions)
+    red = [(item.picture[0] - item.picture[1] > 0.5).float().mean() for item in made]
+    assert min(red) > 0.03
+
+
+def test_photos_are_cropped_and_mirrored_only_if_allowed() -> None:
+    photo = Image.new("RGB", (100, 60), "black")
+    photo.paste("white", (50, 0, 100, 60))
+    plain = [augment(photo, "zwx mug", 32, np.random.default_rng(n), flip=False) for n in range(8)]
+    assert all(item.picture[:, :, -1].min() == 1 for item in plain)
+    assert plain[0].caption == "a photo of a zwx mug"
+    mirrored = [augment(photo, "zwx mug", 32, np.random.default_rng(n)).picture[0, 0, 0].item() for n in range(16)]
+    assert {0.0, 1.0} == set(mirrored)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from training.base import autoencoder, clip, diffusion
+from training.base.fastconv import small_maps_as_products
+from training.base.judge import Judge
+from training.base.quality import measure, protocol, real_scenes
+from training.base.scenes import BACKGROUNDS, compose_scene
+from training.base.stage import Budget, Stage
+
+
+@pytest.fixture(scope="module")
+def pictures(things):
+    rng = np.random.default_rng(1)
+    names = list(things)
+    scenes = [compose_scene(things, [names[i % 12]], BACKGROUNDS[i % 16], 64, rng) for i in range(64)]
+    return np.stack([scene.image for scene in scenes])
+
+
+def test_the_analytic_encoder_computes_the_patch_basis(pictures):
+    basis = autoencoder.PatchBasis.fit(pictures, 16)
+    model = autoencoder.build(64, basis)
+    target = autoencoder.to_tensor(pictures[:8])
+    with torch.no_grad():
+        posterior = model.encode(target).latent_dist
+    expected = basis.encode(target)
+    assert expected.std() == pytest.approx(1, abs=0.1)
+    assert (posterior.mode() - expected).abs().max() < 2e-3
+    assert posterior.std.max() < 0.01
+
+
+def test_a_decoder_learns_from_the_analytic_latents(pictures, tmp_path):
+    torch.manual_seed(0)
+    basis = autoencoder.PatchBasis.fit(pictures, 16)
+    model = autoencoder.build(64, basis)
+    before = autoencoder.signal_to_noise(model, basis, pictures[:8])
+    budget = Budget(steps=12, minutes=5, lr=2e-3, ema=0.5)
+    autoencoder.train_decoder(model, basis, pictures, budget, tmp_path, "cpu", 0)
+    assert autoencoder.signal_to_noise(model, basis, pictures[:8]) > before + 1
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_small_maps_as_products_equal_convolution(side):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, 3, padding=1).bfloat16()
+    x = torch.randn(3, 6, side, side, dtype=torch.bfloat16, requires_grad=True)
+    plain = conv(x)
+    plain.sum().backward()
+    gradients = [x.grad.clone(), conv.weight.grad.clone()]
+    x.grad = conv.weight.grad = None
+    with small_maps_as_products(conv):
+        ours = conv(x)
+        ours.sum().backward()
+    assert "forward" not in vars(conv)
+    torch.testing.assert_close(ours, plain, atol=0.03, rtol=0.03)
+    for found, expected in zip((x.grad, conv.weight.grad), gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.03)
+
+
+def test_the_text_encoder_is_the_scorers_text_tower(tmp_path):
+    torch.manual_seed(0)
+    model = clip.build(64, 32).eval()
+    encoder = clip.text_encoder(model, 32)
+    tokens = clip.tokenise(["a cat left of a red apple", "an owl"], 32)
+    with torch.no_grad():
+        hidden = model.token_embedding(tokens) + model.positional_embedding
+        tower = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask))
+        torch.testing.assert_close(encoder(tokens).last_hidden_state, tower, atol=1e-5, rtol=1e-5)
+    clip.save(model, tmp_path / "clip", 64, 32)
+    loaded, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")
+    with torch.no_grad():
+        found, expected = loaded.encode_text(tokens), model.encode_text(tokens)
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_the_scheduler_never_clips_latents_and_ends_in_pure_noise():
+    scheduler = diffusion.scheduler()
+    assert not scheduler.config.clip_sample and scheduler.config.prediction_type == "v_prediction"
+    assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_interrupted_stage_goes_on_where_it_was(tmp_path):
+    def run(folder, stops):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        for steps in stops:
+            stage = Stage("toy", model, Budget(steps=10, minutes=60, lr=0.1), folder)
+
+            def loss(step, progress, stage=stage, steps=steps, model=model):
+                if step == steps:
+                    raise KeyboardInterrupt
+                noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+                return model(noise).square().mean()
+
+            try:
+                stage.train(loss)
+            except KeyboardInterrupt:
+                stage.save()
+                model = nn.Linear(4, 2)
+        return stage.ema
+
+    whole, parts = run(tmp_path / "a", [99]), run(tmp_path / "b", [4, 99])
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+class _Colours:
+    """A scorer for speed: coarse colours tell the drawn things apart."""
+
+    label, size = "coarse colours", 96
+
+    def embed(self, images):
+        return nn.functional.normalize(nn.functional.adaptive_avg_pool2d(images, 4).flatten(1), dim=-1)
+
+
+def test_quality_lies_between_floor_and_ceiling(things):
+    judge = Judge.build(things, _Colours(), 64)
+    singles, pairs = protocol(list(things), pairs=10)
+    assert len(singles) == 24 and all(len(case.names) == 2 for case in pairs)
+    real = real_scenes(singles, things, 64)
+    report = measure(judge, singles, real, real)
+    assert report["share"] == pytest.approx(1) and report["floor"] < report["ceiling"]
+    assert judge.pair(real_scenes(pairs, things, 64), *zip(*(c.names for c in pairs), strict=True)).dtype == bool

@@ -1,0 +1,51 @@
+"""``python -m training``: subject, gate, base, study, run-job, worker. Exit code 2 and one sentence on bad input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mole_diffusion.errors import MoleError
+from training import commands
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; the options of ``base`` are imported only where that command was ``chosen``."""
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train experts, gates and the demo base.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, text, add, action in (
+        ("subject", "pictures of a subject to an expert (DreamBooth with LoRA)", commands.add_subject,
+         commands.run_subject),
+        ("gate", "experts to a composition with learned gates", commands.add_gate, commands.run_gate),
+        ("study", "what the demo's experts and compositions reach, with intervals", commands.add_study,
+         commands.run_study),
+        ("run-job", "run one claimed job of a data folder; the worker starts this", commands.add_run_job,
+         commands.run_job_command),
+        ("worker", "run the queued jobs of a data folder, one at a time", commands.add_worker, commands.run_worker),
+    ):  # fmt: skip
+        subparser = subparsers.add_parser(name, help=text, description=text.capitalize() + ".")
+        add(subparser)
+        subparser.set_defaults(action=action)
+    base = subparsers.add_parser("base", help="the demo world's base model and scorer, from their pictures")
+    if chosen == "base":
+        from training.base import cli
+
+        cli.add_arguments(base)
+        base.set_defaults(action=cli.main)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser(words[0] if words else None).parse_args(words)
+    try:
+        return args.action(args)
+    except MoleError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

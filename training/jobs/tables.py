@@ -1,0 +1,47 @@
+"""The two tables of the job store."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+
+metadata = MetaData()
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),  # the order of the queue
+    Column("id", String(32), unique=True, nullable=False),  # uuid4 in hex: also the folder's name
+    Column("kind", String(32), nullable=False),
+    Column("title", Text, nullable=False, default=""),
+    Column("owner", String(128)),  # who may see it; None: this installation's single user
+    Column("config", JSON, nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("step", Integer, nullable=False, default=0),
+    Column("total", Integer, nullable=False, default=0),
+    Column("loss", Float),
+    Column("reason", Text),  # why it failed
+    Column("result", JSON),
+    Column("attempts", Integer, nullable=False, default=0),  # starts since the last checkpoint
+    Column("created", Float, nullable=False),  # times in seconds since the epoch
+    Column("started", Float),
+    Column("ended", Float),
+    Column("heartbeat", Float),
+    Column("host", String(255)),
+    Column("pid", Integer),
+    Column("pid_started", Float),  # tells the child from a later process with the same pid
+    Column("cancel", Boolean, nullable=False, default=False),
+    Column("save", Boolean, nullable=False, default=False),
+    Column("sample", Boolean, nullable=False, default=False),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("job", String(32), nullable=False),
+    Column("time", Float, nullable=False),
+    Column("type", String(16), nullable=False),  # progress, log, sample, saved, state
+    Column("step", Integer),
+    Column("data", JSON, nullable=False),
+    Index("job_events_of_job", "job", "type", "number"),
+)

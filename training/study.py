@@ -1,0 +1,299 @@
+"""The demo world's evidence: what each subject's expert keeps, and which composition shows two subjects best.
+
+Results are one JSON file per subject, and per pair and method, so a study that is stopped goes on where it was.
+Identity is judged by EfficientNet-Lite0 (ImageNet), which no training uses; alignment by the demo CLIP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mole_diffusion import Expert, StaticWeights, TriggerSpans, compose
+from mole_diffusion.bases import assets_dir, get_base
+from mole_diffusion.composition import nla, weighted_sum
+from mole_diffusion.errors import InvalidRequest
+from mole_diffusion.generation import GenerationRequest, generate
+from mole_diffusion.scoring.alignment import load_alignment
+from mole_diffusion.scoring.identity import CentredIdentity, EfficientNetIdentity, IdentityScorer
+from mole_diffusion.scoring.intervals import bootstrap_interval, calibrate_threshold
+from mole_diffusion.scoring.place import overlap, place_scores, windows
+from mole_diffusion.scoring.report import find_subjects
+from mole_diffusion.scoring.views import Gallery, load_views
+from training.base.scenes import COLOURS, article, background_phrase, paint_background, paste
+from training.build import GateExpert, build_gate
+from training.objectives.collage import CollageConfig, make_pool
+from training.objectives.held_out import held_out_collage_loss
+from training.study_options import BACKGROUNDS, METHODS, PAIRS, SCENES, TRAINED
+from training.tasks.gate import GateTrainingConfig
+
+HELD_OUT_SEED = 424_242
+
+
+@dataclass
+class Bench:
+    """The base, the judge of identity and the views it compares with."""
+
+    root: Path
+    steps: int
+    seeds: int
+    size: int
+
+    def __post_init__(self) -> None:
+        self.base = get_base("demo")
+        self.pipe = self.base.load(torch.device("cpu"), torch.float32)
+        self.alignment = load_alignment(self.base, torch.device("cpu"))
+        folder = self.root / "subjects"
+        self.cards = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/subject.json"))}
+        if not self.cards:
+            raise InvalidRequest(f"There are no demo subjects below {folder}: run 'training base --stages subjects'.")
+        self.names = tuple(self.cards)
+        self.views = {name: load_views(folder / name / "heldout") for name in self.names}
+        self.scenes = self._real_scenes()
+        plain = EfficientNetIdentity(size=128)
+        self.identity: IdentityScorer = CentredIdentity.fit(plain, torch.stack([s for s, _ in self.scenes]))
+        self.gallery = Gallery.build(self.views, self.identity)
+        self.boxes = windows(self.base.resolution, self.base.resolution, scales=(0.5, 0.65))
+        self.overlaps = overlap(self.boxes).numpy()
+        self.thresholds, self.ceiling = self._calibrate()
+
+    def phrase(self, name: str) -> str:
+        """Trigger and class, for instance "sks robot"."""
+        return f"{self.cards[name]['trigger']} {self.cards[name]['class']}"
+
+    def expert(self, name: str) -> Expert:
+        """The shipped LoRA of a subject."""
+        return Expert.load(self.root / "experts" / f"{name}.safetensors")
+
+    def scores(self, pictures: Tensor) -> np.ndarray:
+        """(B, windows, subjects) likeness."""
+        return place_scores(pictures, self.gallery, self.identity, self.boxes).numpy()
+
+    def draw(self, prompts: Sequence[str], composition: Any = None) -> Tensor:
+        """``seeds`` pictures of every prompt, (prompts * seeds, 3, H, W) in 0..1."""
+        made = []
+        for prompt in prompts:
+            request = GenerationRequest(prompt, count=self.seeds, steps=20, score_every=0, preview_every=0)
+            result = generate(self.pipe, self.base, request, composition=composition)
+            made += [_tensor(np.asarray(image)) for image in result.images]
+        return torch.stack(made)
+
+    def _real_scenes(self) -> list[tuple[Tensor, tuple[int, int]]]:
+        """Composed scenes of two subjects from their held-out views: the ceiling, and what thresholds come from."""
+        rng, size = np.random.default_rng(11), self.base.resolution
+        made = []
+        for index in range(60):
+            first, second = rng.choice(len(self.names), 2, replace=False)
+            picture = paint_background(str(rng.choice(list(COLOURS))), size, rng)
+            for slot, number in enumerate((first, second)):
+                views = self.views[self.names[number]]
+                view = (views[index % len(views)].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+                where = (size * (0.27 + 0.46 * slot), size * rng.uniform(0.42, 0.6))
+                picture, _ = paste(picture, view, size * rng.uniform(0.45, 0.58), where, rng, rotate=0)
+            made.append((_tensor(np.clip(picture, 0, 255).astype(np.uint8)), (int(first), int(second))))
+        return made
+
+    def _calibrate(self) -> tuple[np.ndarray, float]:
+        """Per-subject thresholds from real scenes, and the joint success that real scenes reach with them."""
+        scores = self.scores(torch.stack([picture for picture, _ in self.scenes]))
+        shown = np.zeros((len(scores), len(self.names)), bool)
+        for row, (_, pair) in enumerate(self.scenes):
+            shown[row, list(pair)] = True
+        best = scores.max(1)
+        # Centred at the tenth percentile of real subjects: a drawing is allowed to be a poor view, not another person.
+        limits = np.array([
+            min(calibrate_threshold(best[shown[:, c], c], best[~shown[:, c], c]).threshold,
+                float(np.quantile(best[shown[:, c], c], 0.1))) for c in range(len(self.names))
+        ])  # fmt: skip
+        found = find_subjects(scores, [pair for _, pair in self.scenes], self.overlaps, limits)
+        return limits, float(found.success.mean())
+
+
+def _tensor(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 255
+
+
+def study_subject(bench: Bench, name: str) -> dict[str, Any]:
+    """Identity with the expert, without it (floor), of real scenes (ceiling); backgrounds that stay what was asked."""
+    index, phrase = bench.names.index(name), bench.phrase(name)
+    prompts = [f"{article(phrase)} {background_phrase(ground)}" for ground in BACKGROUNDS]
+    plain = [f"{article(bench.cards[name]['class'])} {background_phrase(ground)}" for ground in BACKGROUNDS]
+    composition = compose(bench.pipe, [bench.expert(name)], gate=StaticWeights((1.0,)), base=bench.base)
+    pictures, floor = bench.draw(prompts, composition), bench.draw(plain)
+    scores = bench.scores(pictures)
+    own = scores[..., index].max(1)
+    nearest = scores[np.arange(len(scores)), scores[..., index].argmax(1)].argmax(1) == index
+    groups = [ground for ground in BACKGROUNDS for _ in range(bench.seeds)]
+    ceiling = bench.scores(torch.stack([p for p, pair in bench.scenes if index in pair]))[..., index].max(1)
+    return {
+        "subject": name, "identity": _interval(own, groups),
+        "floor": float(bench.scores(floor)[..., index].max(1).mean()),
+        "ceiling": float(ceiling.mean()), "nearest_to_itself": float(nearest.mean()),
+        "background_kept": float(np.mean([_ground(p) == g for p, g in zip(pictures, groups, strict=True)])),
+        "background_base": float(np.mean([_ground(p) == g for p, g in zip(floor, groups, strict=True)])),
+        "scorer": bench.identity.label, "pictures": len(own),
+    }  # fmt: skip
+
+
+def _ground(picture: Tensor) -> str:
+    """The named colour nearest to the median of a picture's border."""
+    ring = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], -1).median(-1).values * 255
+    colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+    return tuple(COLOURS)[int((colours - ring).square().sum(1).argmin())]
+
+
+def _interval(values: np.ndarray, groups: Sequence[Any]) -> dict[str, float]:
+    found = bootstrap_interval(values, groups)
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
+def study_pair(bench: Bench, pair: tuple[str, str], method: str, out: Path) -> dict[str, Any]:
+    """One method on one pair: pictures of five scenes, joint success, identity, alignment, held-out collage loss."""
+    started = time.monotonic()
+    experts = [bench.expert(name) for name in pair]
+    composition, trained = _composition(bench, pair, experts, method, out)
+    prompts = _prompts(bench, pair)
+    with composition:
+        pictures = bench.draw(prompts, composition)
+    scores = bench.scores(pictures)
+    targets = [(bench.names.index(pair[0]), bench.names.index(pair[1]))] * len(pictures)
+    found = find_subjects(scores, targets, bench.overlaps, bench.thresholds)
+    texts = [bench.cards[name]["class"] for name in pair]
+    plain = [
+        prompt.replace(bench.phrase(pair[0]), texts[0]).replace(bench.phrase(pair[1]), texts[1]) for prompt in prompts
+    ]
+    aligned = torch.diagonal(bench.alignment.score(pictures, [p for p in plain for _ in range(bench.seeds)]))
+    _sheet(pictures, bench.seeds, out / "sheets" / f"{'+'.join(pair)}.{method}.png")
+    pool = _held_out_pool(bench, pair)
+    with composition:
+        losses = held_out_collage_loss(composition, bench.pipe, bench.base, pool)
+    identity = scores[..., list(targets[0])].max(1)
+    return {
+        "pair": list(pair), "method": method, "success": found.success.tolist(), "identity": identity.mean(1).tolist(),
+        "alignment": aligned.tolist(), "collage": losses.tolist(), "train_seconds": trained,
+        "seconds": time.monotonic() - started, "scorer": bench.identity.label,
+        "alignment_scorer": bench.alignment.label,
+    }  # fmt: skip
+
+
+def _prompts(bench: Bench, pair: tuple[str, str]) -> list[str]:
+    first, second = (article(bench.phrase(name)) for name in pair)
+    return [f"{first} and {second} {background_phrase(scene)}" for scene in SCENES]
+
+
+def _held_out_pool(bench: Bench, pair: tuple[str, str]) -> Any:
+    """Collages from held-out views, with a seed that no training uses."""
+    from training.data.subjects import load_subject
+
+    found = [load_subject(name, bench.phrase(name), bench.root / "subjects" / name / "heldout") for name in pair]
+    return make_pool(bench.pipe, bench.base, found, 32, HELD_OUT_SEED, config=CollageConfig(single=0))
+
+
+def _composition(bench: Bench, pair: tuple[str, str], experts: list[Expert], method: str, out: Path) -> Any:
+    if method not in TRAINED:
+        gate = {"nla": nla(2), "sum": weighted_sum(2), "spans": TriggerSpans()}[method]
+        return compose(bench.pipe, experts, gate=gate, base=bench.base), 0.0
+    started = time.monotonic()
+    settings: dict[str, Any] = {"method": "static"} if method == "static" else {"scope": method}
+    config = GateTrainingConfig("demo", steps=bench.steps, validate_every=max(25, bench.steps // 4), **settings)
+    named = [
+        GateExpert(expert, bench.phrase(name), bench.root / "subjects" / name / "train")
+        for expert, name in zip(experts, pair, strict=True)
+    ]
+    task = build_gate(config, named, out / "work", lambda text: None)
+    for step in range(task.total_steps):
+        task.step(step)
+    path = out / "compositions" / f"{'+'.join(pair)}.{method}.safetensors"
+    task.finish(path)
+    task.composition.detach()
+    bench.pipe = task.pipe
+    return task.composition, time.monotonic() - started
+
+
+def _sheet(pictures: Tensor, columns: int, path: Path) -> None:
+    from PIL import Image
+
+    pixels = (pictures.permute(0, 2, 3, 1).numpy() * 255).astype(np.uint8)
+    rows = [np.concatenate(list(pixels[i : i + columns]), 1) for i in range(0, len(pixels), columns)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows, 0)).save(path)
+
+
+def table(out: Path) -> str:
+    """All results found below ``out`` as Markdown, with intervals over subjects and pairs."""
+    lines = [
+        "| subject | identity | floor | ceiling | nearest is itself | background kept (base) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((out / "subjects").glob("*.json")):
+        r = json.loads(path.read_text())
+        i = r["identity"]
+        lines.append(f"| {r['subject']} | {i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}] | {r['floor']:.3f} | "
+                     f"{r['ceiling']:.3f} | {r['nearest_to_itself']:.2f} | {r['background_kept']:.2f} "
+                     f"({r['background_base']:.2f}) |")  # fmt: skip
+    found = [json.loads(path.read_text()) for path in sorted((out / "pairs").glob("*.json"))]
+    lines += ["", "| method | joint success | identity | alignment | held-out collage loss | pairs | training s |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method in METHODS:
+        rows = [r for r in found if r["method"] == method]
+        if rows:
+            cells = [_cell(rows, key) for key in ("success", "identity", "alignment", "collage")]
+            seconds = np.mean([r["train_seconds"] for r in rows])
+            lines.append(f"| {method} | {' | '.join(cells)} | {len(rows)} | {seconds:.0f} |")
+    lines += ["", *_paired(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(rows: list[dict[str, Any]], key: str) -> str:
+    values = np.concatenate([np.asarray(r[key], float) for r in rows])
+    groups = [tuple(r["pair"]) for r in rows for _ in r[key]]
+    return str(bootstrap_interval(values, groups))
+
+
+def _paired(found: list[dict[str, Any]]) -> list[str]:
+    """Differences of the held-out collage loss, scene by scene, with intervals over pairs."""
+    by = {(tuple(r["pair"]), r["method"]): np.asarray(r["collage"]) for r in found}
+    lines = []
+    for gate in ("sample", "token"):
+        for other in ("nla", "static"):
+            pairs = [pair for pair, method in by if method == gate and (pair, other) in by]
+            if pairs:
+                gaps = np.concatenate([by[pair, gate] - by[pair, other] for pair in pairs])
+                groups = [pair for pair in pairs for _ in by[pair, gate]]
+                lines.append(f"- collage loss, {gate} minus {other}: {bootstrap_interval(gaps, groups)}")
+    return lines
+
+
+def main(args: argparse.Namespace) -> int:
+    """Work on what is missing, then write ``table.md``."""
+    out: Path = args.out
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.part != "table":
+        bench = Bench(assets_dir() / "demo", args.steps, args.seeds, 64)
+        jobs: list[tuple[Path, Any]] = []
+        if args.part == "subjects":
+            for number in args.only or range(len(bench.names)):
+                name = bench.names[number]
+                jobs.append((out / "subjects" / f"{name}.json", lambda name=name: study_subject(bench, name)))
+        else:
+            for number in args.only or range(len(PAIRS)):
+                for method in args.methods:
+                    path = out / "pairs" / f"{'+'.join(PAIRS[number])}.{method}.json"
+                    jobs.append((path, lambda n=number, m=method: study_pair(bench, PAIRS[n], m, out)))
+        for path, job in jobs:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({**job(), "real_scenes": bench.ceiling}) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(table(out))
+    return 0

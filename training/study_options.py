@@ -1,0 +1,26 @@
+"""What ``python -m training study`` covers, and its options; light, so that ``--help`` loads no model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+PAIRS = (
+    ("robot", "zombie"), ("adventuress", "greenling"), ("leo", "pinkling"), ("adventurer", "robot"),
+    ("mia", "zombie"), ("greenling", "leo"),
+)  # fmt: skip
+SCENES = ("green", "blue", "beach", "snow", "night")
+BACKGROUNDS = ("green", "blue", "red", "yellow", "white")
+METHODS = ("nla", "sum", "spans", "static", "sample", "token")
+TRAINED = ("static", "sample", "token")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="results, sheets and compositions")
+    parser.add_argument("--part", choices=["subjects", "pairs", "table"], default="table")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the subjects or pairs to work on; default all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=150, help="training steps of gates and learned static weights")
+    parser.add_argument("--seeds", type=int, default=8, help="pictures per prompt")
+    parser.add_argument("--threads", type=int, help="default: all cores")
