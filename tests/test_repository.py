@@ -117,7 +117,9 @@ touched = []
 def hook(event, arguments):
     if event == "open" and str(arguments[0]).endswith((".safetensors", ".db", ".png", ".jpg", ".pth", ".bin")):
         touched.append(str(arguments[0]))
-    elif event in ("socket.connect", "subprocess.Popen", "os.mkdir") and "__pycache__" not in str(arguments[0]):
+    elif event in ("socket.connect", "subprocess.Popen", "os.mkdir") and not any(
+        name in str(arguments[0]) for name in ("__pycache__", "torchinductor")  # torch makes the second for itself
+    ):
         touched.append(event)
 sys.addaudithook(hook)
 {imports}

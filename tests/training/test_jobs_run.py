@@ -53,7 +53,8 @@ def test_gate_job_with_two_bare_files(
 ) -> None:
     _, pipe = load(base_folders[kind])
     experts = [add_expert(tmp_path, pipe, name, seed) for seed, name in enumerate(("robot", "alien"), 1)]
-    config = {**SMALL, "base": str(base_folders[kind]), "experts": experts, "scope": "token", "sample_every": 3}
+    config = {**SMALL, "base": str(base_folders[kind]), "experts": experts, "scope": "token"}
+    config["sample_every"] = 3 if kind == "sd-v" else 0
     code, job = run_claimed(store, tmp_path, "gate", config)
     assert (code, job.state) == (0, "finished"), job.reason
     assert job.result is not None and job.result["path"] == f"compositions/{job.id}.safetensors"
@@ -62,7 +63,7 @@ def test_gate_job_with_two_bare_files(
     folder = job_folder(tmp_path, job.id)
     assert len(list((folder / "views-0").glob("*.png"))) == 2 and (folder / "config.json").is_file()
     samples = store.events(job.id, types=["sample"])
-    assert [event.step for event in samples] == [0, 3]
+    assert [event.step for event in samples] == ([0, 3] if kind == "sd-v" else [])
     assert all((folder / event.data["path"]).is_file() for event in samples)
     assert [event.step for event in store.events(job.id, types=["progress"])] == [1, 2, 3]
 
@@ -118,6 +119,7 @@ def test_cancelled_before_its_first_step(store: JobStore, tmp_path: Path, base_f
     assert store.get(job).state == "cancelled" and store.get(job).step == 0
 
 
+@pytest.mark.timeout(900)  # 25 s on an idle machine; a busy one starts two processes slowly
 def test_real_process_killed_and_resumed(
     store: JobStore, tmp_path: Path, base_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,9 +133,9 @@ def test_real_process_killed_and_resumed(
     worker = Worker(store, tmp_path, timing=Timing(poll=0.05, term_grace=5))
     worker.start()
     try:
-        wait_for(lambda: store.events(job, types=["saved"]) or store.get(job).state == "failed")
+        wait_for(lambda: store.events(job, types=["saved"]) or store.get(job).state == "failed", 400)
         os.kill(store.get(job).pid or 0, signal.SIGKILL)
-        wait_for(lambda: store.get(job).state in ("finished", "failed"))
+        wait_for(lambda: store.get(job).state in ("finished", "failed"), 400)
     finally:
         worker.stop()
     assert ended(store, job).state == "finished", store.get(job).reason

@@ -124,4 +124,4 @@ def test_quality_lies_between_floor_and_ceiling(things):
     real = real_scenes(singles, things, 64)
     report = measure(judge, singles, real, real)
     assert report["share"] == pytest.approx(1) and report["floor"] < report["ceiling"]
-    assert judge.pair(real_scenes(pairs, things, 64), *zip(*(c.names for c in pairs), strict=True)).dtype == bool
+    assert measure(judge, pairs, real_scenes(pairs, things, 64), real_scenes(pairs, things, 64))["cases"] == len(pairs)

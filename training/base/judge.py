@@ -64,16 +64,16 @@ class Judge:
         # Mean of the three nearest renders, best window.
         return similarity.topk(3, -1).values.mean(-1).amax(1).argsort(-1, descending=True)
 
-    def single(self, pictures: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """(B,) bool: the named thing ranks first among all names."""
-        return self.rank(pictures)[:, 0].numpy() == self._indices(names)
+    def look(self, pictures: np.ndarray, things: int) -> tuple[Tensor, ...]:
+        """Ranks of the whole picture for one thing, of its left and right half for two."""
+        strips = ((0.0, 1.0),) if things == 1 else ((0.0, 0.5), (0.5, 0.5))
+        return tuple(self.rank(pictures, strip) for strip in strips)
 
-    def pair(self, pictures: np.ndarray, left: Sequence[str], right: Sequence[str], top: int = 5) -> np.ndarray:
-        """(B,) bool: each named thing is in the ``top`` of its half."""
-        found = np.ones(len(pictures), bool)
-        for strip, names in (((0.0, 0.5), left), ((0.5, 0.5), right)):
-            ranks = self.rank(pictures, strip)[:, :top].numpy()
-            found &= (ranks == self._indices(names)[:, None]).any(1)
+    def hits(self, ranks: tuple[Tensor, ...], names: Sequence[Sequence[str]], top: int) -> np.ndarray:
+        """(B,) bool: in every strip its thing is among the ``top``; ``names`` holds one row of names per strip."""
+        found = np.ones(len(ranks[0]), bool)
+        for order, wanted in zip(ranks, names, strict=True):
+            found &= (order[:, :top].numpy() == self._indices(wanted)[:, None]).any(1)
         return found
 
     def _indices(self, names: Sequence[str]) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from training.base.judge import Judge
 from training.base.scenes import BACKGROUNDS, caption_of, compose_scene, is_withheld_pair
@@ -47,19 +48,22 @@ def real_scenes(cases: list[Case], things: Mapping[str, np.ndarray], size: int, 
     ])  # fmt: skip
 
 
-def hits(judge: Judge, cases: list[Case], pictures: np.ndarray) -> np.ndarray:
-    """(B,) bool: single first among all names, or both of a pair in the top 5 of their halves."""
-    if len(cases[0].names) == 1:
-        return judge.single(pictures, [case.names[0] for case in cases])
-    return judge.pair(pictures, [case.names[0] for case in cases], [case.names[1] for case in cases])
-
-
 def measure(judge: Judge, cases: list[Case], pictures: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Rate with its 95 % interval, ceiling on ``real``, floor on ``real`` under shuffled captions, share of the way."""
-    rng = np.random.default_rng(5)
-    found = hits(judge, cases, pictures)
-    ceiling = float(hits(judge, cases, real).mean())
-    floor = float(np.mean([hits(judge, cases, real[rng.permutation(len(real))]).mean() for _ in range(4)]))
+    """Rate with its 95 % interval, ceiling on ``real``, floor on ``real`` under shuffled captions, share of the way.
+
+    A hit: a single thing ranks first among all names; of a pair, both are in the top 5 of their halves.
+    """
+    rng, things = np.random.default_rng(5), len(cases[0].names)
+    top = 1 if things == 1 else 5
+
+    def hits(ranks: tuple[Tensor, ...], order: np.ndarray) -> np.ndarray:
+        return judge.hits(ranks, [[cases[i].names[strip] for i in order] for strip in range(things)], top)
+
+    own = np.arange(len(cases))
+    seen = judge.look(real, things)
+    found = hits(judge.look(pictures, things), own)
+    ceiling = float(hits(seen, own).mean())
+    floor = float(np.mean([hits(seen, rng.permutation(own)).mean() for _ in range(20)]))
     means = found[rng.integers(len(found), size=(2000, len(found)))].mean(1)
     share = (float(found.mean()) - floor) / (ceiling - floor)
     return {

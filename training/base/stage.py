@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mole_diffusion.errors import InvalidRequest
+
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 240
 
@@ -78,6 +80,11 @@ class Stage:
             for group, factor in zip(self.optimiser.param_groups, self._rates, strict=True):
                 group["lr"] = self.budget.rate(progress) * factor
             value = loss(self.step, progress)
+            if not value.isfinite():
+                raise InvalidRequest(
+                    f"{self.name}: the loss is {value.item()} at step {self.step}; start again from the checkpoint in "
+                    f"{self.folder} with a lower learning rate."
+                )
             value.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimiser.step()

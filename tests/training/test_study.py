@@ -1,0 +1,46 @@
+"""The study's tables and its judge of backgrounds; its models are covered by the tests of scoring and of gates."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from training.base.scenes import COLOURS, paint_background
+from training.study import _ground, table
+from training.study_options import METHODS, PAIRS
+
+
+def test_the_protocol_has_six_pairs_that_cover_eight_subjects():
+    assert len(set(PAIRS)) == 6 and len({name for pair in PAIRS for name in pair}) == 8
+    assert {"nla", "sum", "static", "sample", "token", "spans"} == set(METHODS)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_backgrounds_are_recognised_behind_a_subject(colour):
+    picture = paint_background(colour, 64, np.random.default_rng(1))
+    picture[16:48, 16:48] = (10, 200, 240)
+    assert _ground(torch.from_numpy(picture).permute(2, 0, 1) / 255) == colour
+
+
+def test_tables_give_intervals_over_pairs_and_paired_differences(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    for number, pair in enumerate(PAIRS):
+        for method, loss in (("nla", 0.5), ("token", 0.4 + 0.01 * number)):
+            record = {
+                "pair": pair, "method": method, "success": [method == "token", True], "identity": [0.5, 0.7],
+                "alignment": [0.2, 0.3], "collage": [loss, loss], "train_seconds": 3.0,
+            }  # fmt: skip
+            (tmp_path / "pairs" / f"{'+'.join(pair)}.{method}.json").write_text(json.dumps(record))
+    (tmp_path / "subjects").mkdir()
+    record = {
+        "subject": "robot", "identity": {"mean": 0.6, "low": 0.5, "high": 0.7}, "floor": 0.1, "ceiling": 0.9,
+        "nearest_to_itself": 1.0, "background_kept": 0.9, "background_base": 0.95,
+    }  # fmt: skip
+    (tmp_path / "subjects" / "robot.json").write_text(json.dumps(record))
+    text = table(tmp_path)
+    assert "| robot | 0.600 [0.500, 0.700] | 0.100 | 0.900 | 1.00 | 0.90 (0.95) |" in text
+    assert "| nla | 0.500 [0.500, 0.500] |" in text and "| token | 1.000 [1.000, 1.000] |" in text
+    assert "- collage loss, token minus nla: -0.075" in text
