@@ -100,7 +100,8 @@ class Generator:
                     pipe, base, _request(order), composition=composition, scorer=alignment, on_step=on_step,
                     cancel=cancel,
                 )  # fmt: skip
-            identity = [self._scorer.identity(image, order.subjects, alignment) for image in result.images]
+            present = [subject for subject in order.subjects if subject.name not in order.left_out]
+            identity = [self._scorer.identity(image, present, alignment) for image in result.images]
         labels = {"alignment": alignment.label, "identity": self._scorer.identity_label(alignment)}
         parameters = [
             {**result.parameters_of(index), **_record(order, base), "identity": _identity(found, labels["identity"])}

@@ -124,7 +124,7 @@ class Library:
             if entry.sha256 == sha256:
                 return Added(entry, known=True, warnings=(f"This file is already in the library as “{entry.name}”.",))
         self._store(path, sha256)
-        entry = self._insert(filename, inspection, family, owner)
+        entry = self._insert(path, filename, inspection, family, owner)
         return Added(entry, known=False, warnings=tuple(self.warnings(entry, owner)))
 
     def update(self, sha256: str, owner: str = "", *, name: str, trigger: str, subject_class: str) -> Entry:
@@ -198,13 +198,16 @@ class Library:
         if self.get(sha256, owner).builtin:
             raise InvalidRequest("The demo's subjects are fixed; upload the file under your own name to change it.")
 
-    def _insert(self, filename: str, inspection: Inspection, family: str, owner: str) -> Entry:
+    def _insert(self, path: Path, filename: str, inspection: Inspection, family: str, owner: str) -> Entry:
+        from mole_diffusion.experts import read_header
+
         sha256 = inspection.sha256 or ""
         row = ExpertRow(
             sha256=sha256,
             owner=owner,
             name=self._free_name(_readable_name(filename), owner),
             trigger=(inspection.trigger or "")[:120],
+            subject_class=read_header(path).metadata.get("mole.class", "")[:80],
             family=family,
             rank=rank_words(inspection),
             layers=sum(inspection.targets.values()),

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identity:
-    """How much the best place in a picture looks like a subject.
+    """How much a subject's place in a picture looks like it.
 
     Attributes:
         score: cosine similarity to the subject's views.
@@ -53,9 +53,12 @@ class Scorer:
         return self._identity_of(alignment).label
 
     def identity(self, image: Image.Image, subjects: Sequence[Subject], alignment: Any) -> dict[str, Identity]:
-        """Identity of every subject that has views, keyed by its name."""
-        scorer = self._identity_of(alignment)
-        return {subject.name: _best_place(image, subject, scorer) for subject in subjects if subject.views}
+        """Identity of every subject that has views, keyed by its name, each in a place of its own.
+
+        One place serves one subject, so that a picture of a blend does not score for both.
+        """
+        seen = [subject for subject in subjects if subject.views]
+        return _own_places(image, seen, self._identity_of(alignment)) if seen else {}
 
     def _identity_of(self, alignment: Any) -> Any:
         from mole_diffusion.scoring import ClipIdentity
@@ -63,13 +66,24 @@ class Scorer:
         return ClipIdentity(alignment)
 
 
-def _best_place(image: Image.Image, subject: Subject, scorer: Any) -> Identity:
-    from mole_diffusion.scoring import subject_score
+def _own_places(image: Image.Image, subjects: Sequence[Subject], scorer: Any) -> dict[str, Identity]:
+    from mole_diffusion.scoring import Gallery, find_subjects, overlap, place_scores, windows
 
-    views = [_tensor(open_view(path).convert("RGBA")) for path in subject.views]
-    score, (left, top, right, bottom) = subject_score(_tensor(image.convert("RGB")), views, scorer)
     width, height = image.size
-    return Identity(score, (left / width, top / height, right / width, bottom / height))
+    views = {subject.name: [_tensor(open_view(path).convert("RGBA")) for path in subject.views] for subject in subjects}
+    boxes = windows(height, width)
+    scores = place_scores(_tensor(image.convert("RGB"))[None], Gallery.build(views, scorer), scorer, boxes).numpy()
+    everybody = [tuple(range(len(subjects)))]
+    found = find_subjects(scores, everybody, overlap(boxes).numpy(), threshold=-1.0)
+    places = found.places[0] or tuple(int(column.argmax()) for column in scores[0].T)
+    sides = (width, height, width, height)
+    return {
+        subject.name: Identity(
+            float(scores[0, place, column]),
+            tuple(float(value) / side for value, side in zip(boxes[place], sides, strict=True)),  # type: ignore[arg-type]
+        )
+        for column, (subject, place) in enumerate(zip(subjects, places, strict=True))
+    }
 
 
 def _tensor(picture: Image.Image) -> Tensor:

@@ -38,9 +38,11 @@ class Services:
         """Begin background work once the server answers: the training queue and the warm-up of the first base."""
         self.jobs.start_worker()
         if self.settings.warm_up:
-            threading.Thread(
-                target=self.generator.warm_up, args=(self.settings.base,), name="mole-warm-up", daemon=True
-            ).start()
+            threading.Thread(target=self._warm_up, name="mole-warm-up", daemon=True).start()
+
+    def _warm_up(self) -> None:
+        self.library.entries()
+        self.generator.warm_up(self.settings.base)
 
     def offered(self, base: str, owner: str) -> list[Entry]:
         """The experts of the library that fit a base."""

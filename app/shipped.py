@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,13 +22,16 @@ class Shipped:
 
     Attributes:
         root: folder with experts/, subjects/ and compositions/ (``assets/demo``).
+        reading: held while files are read, which is slow the first time only.
     """
 
     root: Path
+    reading: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def entries(self) -> list[Entry]:
         """The shipped experts, ordered by name; empty where the assets are not there."""
-        return [_entry(path, path.stat().st_mtime_ns, self.root) for path in self._files("experts")]
+        with self.reading:  # the first visit asks several times at once
+            return [_entry(path, path.stat().st_mtime_ns, self.root) for path in self._files("experts")]
 
     def compositions(self) -> list[Path]:
         """The shipped composition files."""
@@ -52,7 +56,7 @@ def _entry(path: Path, _modified: int, root: Path) -> Entry:
     return Entry(
         sha256=inspection.sha256 or "",
         name=str(subject.get("title") or subject.get("name") or path.stem),
-        trigger=str(subject.get("trigger") or inspection.trigger or ""),
+        trigger=str(inspection.trigger or subject.get("trigger") or ""),
         subject_class=str(subject.get("class") or ""),
         family=inspection.base or "demo",
         rank=rank_words(inspection),

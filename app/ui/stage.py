@@ -73,7 +73,8 @@ def _frame(shot: Shot) -> str:
         return f'<div class="frame{" many" if len(shot.pictures) > 1 else ""}" tabindex="0">{cells}</div>'
     if shot.state in ("failed", "cancelled"):
         words = "Stopped" if shot.state == "cancelled" else "This picture could not be made."
-        return f'<div class="frame"><div class="await">{words}</div></div>'
+        last = f'<img class="ended" src="{shot.preview}" alt="">' if shot.preview else ""
+        return f'<div class="frame">{last}<div class="await">{words}</div></div>'
     inside = f'<img src="{shot.preview}" alt="Preview">' if shot.preview else ""
     if not inside:
         inside = f'<div class="await">{escape(shot.note or "Next")}</div>'
@@ -96,7 +97,7 @@ def _boxes(shot: Shot, index: int) -> str:
     found = shot.rendered.identity[index]
     drawn = []
     for number, subject in enumerate(shot.order.subjects):
-        if subject.name not in found or subject.name in shot.order.left_out:
+        if subject.name not in found:
             continue
         left, top, right, bottom = (100 * value for value in found[subject.name].box)
         place = f"left:{left:.1f}%;top:{top:.1f}%;width:{right - left:.1f}%;height:{bottom - top:.1f}%"
@@ -165,7 +166,7 @@ def _table(shots: list[Shot]) -> str:
     identity = [_row(name, number, [_identity(shot, name) for shot in shots]) for number, name in enumerate(subjects)]
     if any(identity):
         rows += [_group(f"identity ({labels.get('identity', 'scorer')})", len(shots)), *identity]
-    unseen = [name for name, row in zip(subjects, identity, strict=True) if not row]
+    unseen = [subject.name for subject in shots[0].order.subjects if not subject.views]
     hint = ""
     if unseen:
         words = f"No identity for {' and '.join(unseen)}: add pictures in the library."
@@ -203,7 +204,7 @@ def _alignment(shot: Shot, name: str) -> float | None:
 def _identity(shot: Shot, name: str) -> float | None:
     """The mean over the shot's pictures; nothing for a subject that was left out."""
     found = [each[name].score for each in (shot.rendered.identity if shot.rendered else []) if name in each]
-    return fmean(found) if found and name not in shot.order.left_out else None
+    return fmean(found) if found else None
 
 
 def _parameters(shots: list[Shot]) -> str:

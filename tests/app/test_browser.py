@@ -17,7 +17,7 @@ from app.settings import Settings
 from tests.app.conftest import Files
 from tests.tiny import cut_out, tiny_sd
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -25,8 +25,8 @@ FLAGS = [
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-PATIENCE = 200_000
-"""Milliseconds that a wait may take; on an idle core nothing takes a tenth of it."""
+PATIENCE = 600_000
+"""Milliseconds that a wait may take; on an idle core nothing takes a twentieth of it."""
 
 
 @pytest.fixture(scope="module")
