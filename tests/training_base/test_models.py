@@ -32,6 +32,7 @@ def test_the_analytic_encoder_computes_the_patch_basis(pictures):
     assert expected.std() == pytest.approx(1, abs=0.1)
     assert (posterior.mode() - expected).abs().max() < 2e-3
     assert posterior.std.max() < 0.01
+    torch.testing.assert_close(autoencoder.PatchBasis.of(model).encode(target), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_a_decoder_learns_from_the_analytic_latents(pictures, tmp_path):

@@ -9,6 +9,7 @@ against 15.8 dB when both are learned.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,19 @@ class PatchBasis:
         scale = deviation**0.6 * deviation[0] ** 0.4
         latents = centred @ (vectors[:, :channels] / scale)
         return cls(mean, vectors[:, :channels] / scale / latents.std())
+
+    @classmethod
+    def of(cls, model: AutoencoderKL) -> PatchBasis:
+        """The basis that an encoder made by :func:`build` computes; of the mean only its projection is known."""
+        blocks: Any = model.encoder.down_blocks
+        last, latent = blocks[2].downsamplers[0].conv, model.config["latent_channels"]
+        taps = last.weight.detach().float()[:latent, :48, :2, :2]
+        cube = torch.zeros(latent, 3, PATCH, PATCH)
+        for colour, y, x in product(range(3), range(PATCH), range(PATCH)):
+            cube[:, colour, y, x] = taps[:, _stored_channel(colour, y, x), y // 4, x // 4]
+        projection = cube.flatten(1).T.contiguous()
+        offset = last.bias.detach().float()[:latent]
+        return cls(-torch.linalg.pinv(projection.T) @ offset, projection)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """(B, 3, H, W) in -1..1 -> (B, k, H/8, W/8); what the AutoencoderKL's encoder computes, in one product."""
@@ -133,12 +147,15 @@ def _projection_taps(basis: PatchBasis) -> Tensor:
     latent = basis.projection.shape[1]
     taps = torch.zeros(latent, 48, 2, 2)
     cube = basis.projection.T.reshape(latent, 3, PATCH, PATCH)
-    for colour in range(3):
-        for y in range(PATCH):
-            for x in range(PATCH):
-                first, second = (y % 2) * 2 + x % 2, (y // 2 % 2) * 2 + x // 2 % 2
-                taps[:, second * 12 + first * 3 + colour, y // 4, x // 4] = cube[:, colour, y, x]
+    for colour, y, x in product(range(3), range(PATCH), range(PATCH)):
+        taps[:, _stored_channel(colour, y, x), y // 4, x // 4] = cube[:, colour, y, x]
     return taps
+
+
+def _stored_channel(colour: int, y: int, x: int) -> int:
+    """Where two space-to-depths put a pixel of a patch: fine place within coarse place."""
+    first, second = (y % 2) * 2 + x % 2, (y // 2 % 2) * 2 + x // 2 % 2
+    return second * 12 + first * 3 + colour
 
 
 def _identity(conv: Any) -> None:

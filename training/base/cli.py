@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,12 @@ class _World:
 
     def basis(self) -> PatchBasis:
         path = self.work / "basis.safetensors"
-        if not path.exists():
+        if not path.exists() and self.args.warm_start:
+            # Other latents than the shipped encoder's would make the shipped weights worthless.
+            shipped: Any = AutoencoderKL.from_pretrained(self.args.warm_start / "base" / "vae")
+            basis = PatchBasis.of(shipped)
+            save_file({"mean": basis.mean, "projection": basis.projection.contiguous()}, path)
+        elif not path.exists():
             basis = PatchBasis.fit(self.textures()[:4000], self.args.channels)
             save_file({"mean": basis.mean, "projection": basis.projection.contiguous()}, path)
         return PatchBasis(**load_file(path))
