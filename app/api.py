@@ -65,6 +65,8 @@ class _Calls:
         path = Path(file)
         try:
             inspection, family = self._services.library.inspect(path)
+        except MoleError as error:
+            raise gr.Error(str(error), print_exception=False) from error
         finally:
             forget(path)
         return {**inspection.to_json(), "family": family, "sentence": sentence(inspection, family)}
@@ -78,8 +80,8 @@ class _Calls:
         ]
 
     def generate(
-        self, prompt: str, subjects: list[str], method: str, seed: int, steps: int, guidance: float, count: int,
-        negative: str, base: str, request: gr.Request,
+        self, prompt: str, subjects: list[str], method: str, seed: int | None, steps: int | None,
+        guidance: float | None, count: int | None, negative: str, base: str, request: gr.Request,
     ) -> tuple[list[str], list[dict[str, Any]]]:  # fmt: skip
         """Make pictures and wait for them."""
         owner = owner_of(self._services.settings, request)
@@ -88,8 +90,8 @@ class _Calls:
             entries = [self._services.library.get(sha256, owner) for sha256 in experts]
             orders = orders_for(
                 self._services, owner, base=base, experts=experts, method=method,
-                prompt=prompt or default_prompt(entries), beside=False, seed=int(seed), steps=int(steps),
-                guidance=float(guidance), count=int(count), negative=negative or "", left_out=[],
+                prompt=prompt or default_prompt(entries), beside=False, seed=seed, steps=steps, guidance=guidance,
+                count=count, negative=negative, left_out=[],
             )  # fmt: skip
             session = self._services.sessions.start(orders, owner)
         except MoleError as error:

@@ -58,9 +58,10 @@ class Compositions:
         shipped = [_read(path, path.stat().st_mtime_ns, True) for path in self._shipped.compositions()]
         return [found for found in own + shipped if found is not None]
 
-    def for_subjects(self, experts: Sequence[str], owner: str = "") -> Trained | None:
-        """The newest gates for exactly these subjects, or None."""
-        return next((found for found in self.list(owner) if set(found.experts) == set(experts)), None)
+    def for_subjects(self, experts: Sequence[str], owner: str = "", wanted: Path | None = None) -> Trained | None:
+        """Gates for exactly these subjects: those in the file ``wanted`` where they are, else the newest, or None."""
+        fitting = [found for found in self.list(owner) if set(found.experts) == set(experts)]
+        return next((found for found in fitting if found.path == wanted), next(iter(fitting), None))
 
 
 @lru_cache(maxsize=256)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.plan import Order, check
+from app.plan import Order, Subject, check
 from app.scorer import Identity, Scorer
-from mole_diffusion.errors import BaseMismatch
+from mole_diffusion.errors import BaseMismatch, Cancelled, MoleError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,8 @@ __all__ = ["Generator", "Rendered"]
 
 logger = logging.getLogger(__name__)
 KEPT_EXPERTS = 8
+LOOK = 0.2
+"""Seconds between two looks at a cancel while a picture waits for its turn."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Rendered:
         identity: per picture, per subject with views.
         parameters: per picture, what its PNG carries.
         labels: the names of the models behind the two scores.
+        unscored: why nothing was measured, as a sentence; empty where it was.
     """
 
     images: list[Image.Image]
@@ -44,6 +48,7 @@ class Rendered:
     identity: list[dict[str, Identity]]
     parameters: list[dict[str, Any]]
     labels: dict[str, str] = field(default_factory=dict)
+    unscored: str = ""
 
 
 class Generator:
@@ -91,25 +96,51 @@ class Generator:
         check(order)
         if self.busy:
             say("Waiting for the picture before")
-        with self._lock:
+        with self._turn(cancel):
             say("Loading the base" if self._loaded is None or self._loaded[0] != order.base else "Starting")
             base, pipe = self._load(order.base)
-            alignment = self._scorer.alignment(base, self._placement().device)
+            alignment, unscored = self._alignment(base)
             with self._attached(order, base, pipe) as composition:
                 result = generate(
                     pipe, base, _request(order), composition=composition, scorer=alignment, on_step=on_step,
                     cancel=cancel,
                 )  # fmt: skip
             present = [subject for subject in order.subjects if subject.name not in order.left_out]
-            identity = [self._scorer.identity(image, present, alignment) for image in result.images]
-        labels = {"alignment": alignment.label, "identity": self._scorer.identity_label(alignment)}
+            labels, identity = self._identity(result.images, present, alignment)
         parameters = [
-            {**result.parameters_of(index), **_record(order, base), "identity": _identity(found, labels["identity"])}
+            {**result.parameters_of(index), **_record(order, base), "identity": _noted(found, labels.get("identity"))}
             for index, found in enumerate(identity)
         ]
-        return Rendered(list(result.images), list(result.scores), identity, parameters, labels)
+        return Rendered(list(result.images), list(result.scores), identity, parameters, labels, unscored)
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
+        """Hold the lock; a cancel is heard while somebody else still holds it."""
+        while not self._lock.acquire(timeout=LOOK):
+            _check_cancel(cancel)
+        try:
+            _check_cancel(cancel)
+            yield
+        finally:
+            self._lock.release()
+
+    def _alignment(self, base: Base) -> tuple[Any, str]:
+        """(the base's scorer, ""), or (None, why there is none): a picture without scores is better than none."""
+        try:
+            return self._scorer.alignment(base, self._placement().device), ""
+        except MoleError as error:
+            return None, str(error)
+
+    def _identity(
+        self, images: Sequence[Image.Image], subjects: Sequence[Subject], alignment: Any
+    ) -> tuple[dict[str, str], list[dict[str, Identity]]]:
+        """The names of the scorers, and identity per picture; both empty without a scorer."""
+        if alignment is None:
+            return {}, [{} for _image in images]
+        labels = {"alignment": alignment.label, "identity": self._scorer.identity_label(alignment)}
+        return labels, [self._scorer.identity(image, subjects, alignment) for image in images]
 
     def _placement(self) -> Any:
         from mole_diffusion.bases import choose_placement
@@ -187,5 +218,10 @@ def _record(order: Order, base: Base) -> dict[str, Any]:
     return {"base": name, "source": name if base.is_local else base.source, "method": order.method}
 
 
-def _identity(found: dict[str, Identity], label: str) -> dict[str, Any]:
+def _check_cancel(cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("The picture was stopped before its turn came.")
+
+
+def _noted(found: dict[str, Identity], label: str | None) -> dict[str, Any]:
     return {"scorer": label, **{name: round(each.score, 4) for name, each in found.items()}}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GateRecipe", "JobService", "JobView"]
 
+KEPT_CURVES = 16
 USUAL = {"demo": (40.0, 0.6)}
 """Seconds before the first step and for each step on a laptop's CPU, until a first job has measured this machine."""
 
@@ -30,7 +34,7 @@ class GateRecipe:
         scope: "token" gives each place of the picture its own weights, "sample" the whole picture one.
         steps: optimisation steps.
         lr: learning rate of the gates; None = what suits the base.
-        alpha: weight of the balance loss (method.md Eq. 16).
+        alpha: weight of the balance loss (MoLE, arXiv 2404.13628, Eq. 16).
     """
 
     scope: str = "token"
@@ -62,6 +66,29 @@ class JobView:
     seconds_left: float | None
 
 
+@dataclass
+class Curve:
+    """What the page draws of a job's progress, up to the event with number ``last``; later ones are appended."""
+
+    last: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    def extend(self, progress: Sequence[JobEvent]) -> None:
+        """Append what is new."""
+        self.losses += _metric(progress, "loss")
+        self.held_out += _metric(progress, "held_out_loss")
+        self.times.extend(event.time for event in progress)
+        self.last = progress[-1].number if progress else self.last
+
+    def seconds_left(self, job: Job) -> float | None:
+        """From the pace of the last steps, so that the preparation does not count."""
+        if job.state != "running" or len(self.times) < 3:
+            return None
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) * (job.total - job.step)
+
+
 class JobService:
     """Queues gate training and reads its state from the database, so that nothing is lost with the page.
 
@@ -79,6 +106,8 @@ class JobService:
         self._worker = worker
         self._library = library
         self._data_dir = data_dir
+        self._curves: OrderedDict[str, Curve] = OrderedDict()
+        self._reading = threading.Lock()
         self.blocked = blocked
 
     def start_worker(self) -> None:
@@ -117,15 +146,22 @@ class JobService:
     def view(self, job_id: str, owner: str = "") -> JobView:
         """One job in full. Raises InvalidRequest for a job of somebody else."""
         job = self._own(job_id, owner)
-        progress = self._store.events(job.id, types=["progress"], limit=100_000)
+        with self._reading:  # several pages may look at once
+            curve = self._curve(job.id)
+            losses, held_out, seconds_left = list(curve.losses), list(curve.held_out), curve.seconds_left(job)
         return JobView(
             job=job,
-            losses=_metric(progress, "loss"),
-            held_out=_metric(progress, "held_out_loss"),
+            losses=losses,
+            held_out=held_out,
             samples=self._samples(job),
             log=_tail(self._folder(job) / "log.txt"),
-            seconds_left=_seconds_left(job, progress),
+            seconds_left=seconds_left,
         )
+
+    def made(self, job_id: str, owner: str = "") -> tuple[Job, Path | None]:
+        """A job and its composition file, None as long as there is none. Raises InvalidRequest like :meth:`view`."""
+        job = self._own(job_id, owner)
+        return job, self._composition(job)
 
     def cancel(self, job_id: str, owner: str = "") -> None:
         """Ask a job to stop; what it has trained so far stays in its checkpoint."""
@@ -139,7 +175,7 @@ class JobService:
     def estimate(self, base: str, steps: int) -> str:
         """How long training will take, in words, from what earlier jobs on this base took."""
         finished = self._store.list(["finished"], kind="gate", limit=50)
-        measured = [pace for job in finished if (pace := self._pace(job, base))][:5]
+        measured = list(itertools.islice((pace for job in finished if (pace := self._pace(job, base))), 5))
         if measured:
             start, step = (statistics.median(values) for values in zip(*measured, strict=True))
         elif base in USUAL:
@@ -163,6 +199,20 @@ class JobService:
         for entry in entries:
             if not entry.trigger and not entry.subject_class:
                 raise InvalidRequest(f"“{entry.name}” has neither a trigger nor a class; enter one in the library.")
+        self._check_phrases(entries)
+
+    def _check_phrases(self, entries: Sequence[Entry]) -> None:
+        """A prompt calls each subject by words of its own; the trainer refuses twins, but only once it runs."""
+        from training.data.subjects import subject_phrase
+
+        known: dict[str, str] = {}
+        for entry in entries:
+            phrase = subject_phrase(entry.trigger, entry.subject_class)
+            if (other := known.setdefault(phrase.lower(), entry.name)) != entry.name:
+                raise InvalidRequest(
+                    f"“{other}” and “{entry.name}” are both called “{phrase}” in prompts; "
+                    "give one of them another trigger in the library."
+                )
 
     def _expert(self, entry: Entry) -> dict[str, Any]:
         folder = self._library.training_views(entry)
@@ -171,7 +221,7 @@ class JobService:
             "name": entry.name,
             "trigger": entry.trigger or None,
             "class": entry.subject_class or None,
-            "views": str(folder) if folder else None,
+            "views": str(folder.resolve()) if folder else None,
         }
 
     def _own(self, job_id: str, owner: str) -> Job:
@@ -179,6 +229,15 @@ class JobService:
         if (job.owner or "") != owner:
             raise InvalidRequest("There is no such job.")
         return job
+
+    def _curve(self, job_id: str) -> Curve:
+        """The job's curve with what has come since the last look; the curves looked at last are kept."""
+        curve = self._curves.setdefault(job_id, Curve())
+        self._curves.move_to_end(job_id)
+        while len(self._curves) > KEPT_CURVES:
+            self._curves.popitem(last=False)
+        curve.extend(self._store.events(job_id, after=curve.last, types=["progress"], limit=100_000))
+        return curve
 
     def _folder(self, job: Job) -> Path:
         return self._data_dir / "jobs" / job.id
@@ -197,25 +256,17 @@ class JobService:
 
     def _pace(self, job: Job, base: str) -> tuple[float, float] | None:
         """Seconds before the first step and for each step of a finished job on this base."""
-        if job.config.get("base") != base or not job.started:
+        if job.config.get("base") != base or not job.started or not job.ended:
             return None
-        times = [event.time for event in self._store.events(job.id, types=["progress"])]
-        if len(times) < 10:
+        first = next(iter(self._store.events(job.id, types=["progress"], limit=1)), None)
+        if first is None or (steps := job.step - (first.step or 0)) < 9:
             return None
-        return times[0] - job.started, (times[-1] - times[0]) / (len(times) - 1)
+        return first.time - job.started, (job.ended - first.time) / steps
 
     def _composition(self, job: Job) -> Path | None:
         named = (job.result or {}).get("path")
         path = (self._data_dir / str(named)) if named else None
         return path if path is not None and path.is_file() else None
-
-
-def _seconds_left(job: Job, progress: Sequence[JobEvent]) -> float | None:
-    """From the pace of the last steps, so that the preparation does not count."""
-    last = progress[-20:]
-    if job.state != "running" or len(last) < 3:
-        return None
-    return (last[-1].time - last[0].time) / (len(last) - 1) * (job.total - job.step)
 
 
 def _metric(progress: Sequence[JobEvent], name: str) -> list[tuple[int, float]]:

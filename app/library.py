@@ -17,7 +17,7 @@ from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.orm import Session
 
 from app.pictures import open_picture, png_bytes
-from app.records import Entry, ExpertRow
+from app.records import MAX_NAME, MAX_TRIGGER, Entry, ExpertRow
 from app.shipped import Shipped
 from app.words import FAMILIES, rank_words, sentence
 from mole_diffusion.errors import InvalidFile, InvalidRequest, MoleError
@@ -96,7 +96,7 @@ class Library:
             if fitting.ok:
                 return fitting, base.family
             misfit = fitting
-        if len(bases) == 1:
+        if len({base.family for base in bases}) == 1:
             return misfit, ""
         made_for = FAMILIES.get(seen.base or "", seen.base) or "a model that is not offered here"
         offered = ", ".join(dict.fromkeys(FAMILIES.get(base.family, base.title) for base in self._known_bases()))
@@ -128,14 +128,17 @@ class Library:
         return Added(entry, known=False, warnings=tuple(self.warnings(entry, owner)))
 
     def update(self, sha256: str, owner: str = "", *, name: str, trigger: str, subject_class: str) -> Entry:
-        """Change the words of an entry. Raises InvalidRequest for a shipped or missing one, or an empty name."""
+        """Change the words of an entry. Raises InvalidRequest for a shipped or missing one, no name, or long words."""
         self._own(sha256, owner)
-        if not name.strip():
+        name, trigger, subject_class = name.strip(), trigger.strip(), subject_class.strip()
+        if not name:
             raise InvalidRequest("A subject needs a name; the field was empty.")
+        _check_length("name", name, MAX_NAME)
+        _check_length("trigger", trigger, MAX_TRIGGER)
+        _check_length("class", subject_class, MAX_NAME)
         with Session(self._engine) as session, session.begin():
             row = session.get_one(ExpertRow, (sha256, owner))
-            row.name, row.trigger = name.strip()[:80], trigger.strip()[:120]
-            row.subject_class = subject_class.strip()[:80]
+            row.name, row.trigger, row.subject_class = name, trigger, subject_class
         return self.get(sha256, owner)
 
     def remove(self, sha256: str, owner: str = "") -> None:
@@ -206,8 +209,8 @@ class Library:
             sha256=sha256,
             owner=owner,
             name=self._free_name(_readable_name(filename), owner),
-            trigger=(inspection.trigger or "")[:120],
-            subject_class=read_header(path).metadata.get("mole.class", "")[:80],
+            trigger=inspection.trigger or "",
+            subject_class=read_header(path).metadata.get("mole.class", "")[:MAX_NAME],
             family=family,
             rank=rank_words(inspection),
             layers=sum(inspection.targets.values()),
@@ -257,6 +260,12 @@ class Library:
         )
 
 
+def _check_length(what: str, words: str, most: int) -> None:
+    if len(words) > most:
+        raise InvalidRequest(f"The {what} may have {most} characters; this one has {len(words)}. Shorten it.")
+
+
 def _readable_name(filename: str) -> str:
+    """A first name, short enough for a number after it."""
     words = re.sub(r"[\W_]+", " ", Path(filename).stem).strip()
-    return words[:80] or "subject"
+    return words[: MAX_NAME - 4].strip() or "subject"

@@ -15,6 +15,7 @@ import app.gpu  # noqa: E402, F401, I001  (before torch and gradio: ZeroGPU asks
 from typing import Any  # noqa: E402
 
 import gradio as gr  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 
 from app.api import add_api  # noqa: E402
 from app.services import Services, build_services  # noqa: E402
@@ -24,6 +25,7 @@ from app.ui.library import library_tab  # noqa: E402
 from app.ui.parts import masthead  # noqa: E402
 from app.ui.theme import css, head, start_script, theme  # noqa: E402
 from app.ui.train import train_tab  # noqa: E402
+from app.visits import VisitCookie, can_sign_in  # noqa: E402
 
 __all__ = ["build_app", "launch_options", "main"]
 
@@ -34,7 +36,7 @@ DAY = 24 * 3600
 def build_app(services: Services) -> gr.Blocks:
     """The page as a function of its services; nothing is loaded or started here."""
     with gr.Blocks(title="MoLE Diffusion", analytics_enabled=False, delete_cache=(3600, DAY)) as page:
-        gr.HTML(masthead())
+        _masthead(login=services.settings.space and can_sign_in())
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate") as making:
                 generate = generate_tab(services, page)
@@ -47,12 +49,23 @@ def build_app(services: Services) -> gr.Blocks:
         library.onward.click(train.refresh, train.offering, train.offered, **QUIET).then(
             lambda: gr.Tabs(selected="train"), None, tabs, **QUIET
         )
-        handed = gr.State(("", []))
+        handed = gr.State(("", [], ""))
         train.use.click(train.picked, train.chosen, handed, **QUIET).then(
             generate.pick, handed, generate.picked, **QUIET
         ).then(lambda: gr.Tabs(selected="generate"), None, tabs, **QUIET)
         add_api(services)
     return page
+
+
+def _masthead(login: bool) -> None:
+    if not login:
+        gr.HTML(masthead())
+        return
+    with gr.Row(elem_classes="signing"):
+        gr.HTML(masthead())
+        gr.LoginButton(
+            "Sign in", "Sign out ({})", variant="secondary", size="sm", scale=0, min_width=110, elem_id="sign-in"
+        )
 
 
 def launch_options(settings: Settings) -> dict[str, Any]:
@@ -74,6 +87,8 @@ def launch_options(settings: Settings) -> dict[str, Any]:
         "allowed_paths": [],
         "blocked_paths": [str(settings.data_dir.resolve())],
     }
+    if settings.space:
+        options["app_kwargs"] = {"middleware": [Middleware(VisitCookie)]}
     if settings.password:
         password = settings.password
         options["auth"] = lambda _name, word: _same(word, password)

@@ -18,9 +18,11 @@ METHODS: dict[Method, str] = {
     "nla": "NLA",
     "sum": "Sum",
 }
-"""Names shown on the page. NLA = normalised linear arithmetic, method.md Eq. 2; sum = Eq. 1."""
+"""Names shown on the page. NLA = normalised linear arithmetic (MoLE, arXiv 2404.13628, Eq. 2); sum = Eq. 1."""
 
-PLACES = ("on a beach", "in a garden", "in the snow")
+PLACES = {"demo": "on a white background"}
+"""Where a first picture shows its subjects, by base family: the small demo base is at its best on plain grounds."""
+PLACE = "on a beach"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def default_prompt(entries: list[Entry]) -> str:
         return ""
     named = [f"{article(phrase)} {phrase}" for phrase in phrases]
     joined = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
-    return f"{joined} {PLACES[0]}"
+    return f"{joined} {PLACES.get(entries[0].family, PLACE)}"
 
 
 def article(words: str) -> str:

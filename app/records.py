@@ -10,7 +10,10 @@ from typing import Any
 from sqlalchemy import DateTime, Engine, Integer, String, create_engine, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Entry", "ExpertRow", "open_database"]
+__all__ = ["MAX_NAME", "MAX_TRIGGER", "Entry", "ExpertRow", "open_database"]
+
+MAX_NAME, MAX_TRIGGER = 80, 200
+"""Characters. Inspection gives no longer trigger than this."""
 
 
 class Records(DeclarativeBase):
@@ -24,9 +27,9 @@ class ExpertRow(Records):
 
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     owner: Mapped[str] = mapped_column(String(128), primary_key=True, default="")
-    name: Mapped[str] = mapped_column(String(80))
-    trigger: Mapped[str] = mapped_column(String(120), default="")
-    subject_class: Mapped[str] = mapped_column("class", String(80), default="")
+    name: Mapped[str] = mapped_column(String(MAX_NAME))
+    trigger: Mapped[str] = mapped_column(String(MAX_TRIGGER), default="")
+    subject_class: Mapped[str] = mapped_column("class", String(MAX_NAME), default="")
     family: Mapped[str] = mapped_column(String(32))
     rank: Mapped[str] = mapped_column(String(32))
     layers: Mapped[int] = mapped_column(Integer)

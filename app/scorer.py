@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +35,22 @@ class Identity:
 
 
 class Scorer:
-    """Loads image-text models lazily and keeps the last one."""
+    """Loads image-text models lazily and keeps the last one.
 
-    def __init__(self) -> None:
+    Args:
+        load: gives the model of a base on a device; None = the base's own.
+    """
+
+    def __init__(self, load: Callable[[Base, Any], Any] | None = None) -> None:
+        self._load = load
         self._loaded: tuple[str, Any] | None = None
 
     def alignment(self, base: Base, device: Any) -> Any:
-        """The alignment scorer of a base."""
+        """The alignment scorer of a base. Raises MoleError with a sentence where it cannot be loaded."""
         from mole_diffusion.scoring import load_alignment
 
         if self._loaded is None or self._loaded[0] != base.alignment_model:
-            self._loaded = (base.alignment_model, load_alignment(base, device))
+            self._loaded = (base.alignment_model, (self._load or load_alignment)(base, device))
         return self._loaded[1]
 
     def identity_label(self, alignment: Any) -> str:

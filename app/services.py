@@ -15,6 +15,7 @@ from app.scorer import Scorer
 from app.sessions import Sessions
 from app.settings import Settings
 from app.shipped import Shipped
+from app.visits import visitor
 from mole_diffusion.errors import MoleError
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ class Services:
     sessions: Sessions
 
     def start(self) -> None:
-        """Begin background work once the server answers: the training queue and the warm-up of the first base."""
+        """Begin background work once the server answers: the training queue and the warm-up of the first base.
+
+        ZeroGPU forks this process for every picture: a lock that a thread holds at that moment stays locked there.
+        """
         self.jobs.start_worker()
-        if self.settings.warm_up:
+        if self.settings.warm_up and not self.settings.zero_gpu:
             threading.Thread(target=self._warm_up, name="mole-warm-up", daemon=True).start()
 
     def _warm_up(self) -> None:
@@ -59,9 +63,10 @@ class Services:
         self.jobs.stop_worker()
 
 
-def build_services(settings: Settings) -> Services:
+def build_services(settings: Settings, scorer: Scorer | None = None) -> Services:
     """Wire the services to one data folder. Creates the folder; loads no model."""
     from mole_diffusion.bases import assets_dir
+    from training.jobs.executor import LocalExecutor
     from training.jobs.store import JobStore, database_url
     from training.jobs.worker import Worker
 
@@ -72,8 +77,9 @@ def build_services(settings: Settings) -> Services:
     shipped = Shipped(assets_dir() / "demo")
     library = Library(open_database(url), data_dir, shipped, settings.base_names)
     store = JobStore(url)
-    jobs = JobService(store, Worker(store, data_dir), library, data_dir, settings.training_blocked)
-    generator = Generator(settings.device, Scorer())
+    worker = Worker(store, data_dir, executor=LocalExecutor(device=settings.device))
+    jobs = JobService(store, worker, library, data_dir, settings.training_blocked)
+    generator = Generator(settings.device, scorer or Scorer())
     return Services(
         settings=settings,
         library=library,
@@ -85,8 +91,5 @@ def build_services(settings: Settings) -> Services:
 
 
 def owner_of(settings: Settings, request: gr.Request | None) -> str:
-    """Whose things a visitor may see: "" where the page has one user, else the login or this visit alone."""
-    if not settings.space:
-        return ""
-    name = getattr(request, "username", None) or getattr(request, "session_hash", None)
-    return str(name or "nobody")
+    """Whose things a visitor may see: "" where the page has one user, else this user's or this browser's alone."""
+    return visitor(request) if settings.space else ""

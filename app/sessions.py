@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Generator_
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,8 @@ __all__ = ["Picture", "Session", "Sessions", "Shot"]
 logger = logging.getLogger(__name__)
 KEPT = 32
 PREVIEW_SIDE = 512
+LOOK = 0.2
+"""Seconds without news after which the reader of a picture's events is asked whether to go on."""
 SORRY = "Something went wrong that this page did not expect; the log of the server has the details."
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -154,18 +157,22 @@ class Sessions:
                 _end(shot, "failed", SORRY)
 
     def _make(self, session: Session, shot: Shot) -> None:
-        updates = self._render(shot.order)
-        for update in updates:
-            if session.cancel.is_set():
-                updates.close()
-                raise Cancelled("Stopped.")
-            if isinstance(update, Rendered):
-                shot.rendered = update
-                shot.pictures = [self._keep(image, update, index) for index, image in enumerate(update.images)]
-                shot.seconds = time.monotonic() - shot.started
-                _end(shot, "done")
-            else:
-                _note(shot, update)
+        with closing(self._render(shot.order)) as updates:
+            for update in updates:
+                if session.cancel.is_set():
+                    raise Cancelled("Stopped.")
+                if isinstance(update, MoleError):
+                    raise update
+                if isinstance(update, Rendered):
+                    self._finish(shot, update)
+                elif update is not None:
+                    _note(shot, update)
+
+    def _finish(self, shot: Shot, rendered: Rendered) -> None:
+        shot.rendered = rendered
+        shot.pictures = [self._keep(image, rendered, index) for index, image in enumerate(rendered.images)]
+        shot.seconds = time.monotonic() - shot.started
+        _end(shot, "done")
 
     def _keep(self, image: Any, rendered: Rendered, index: int) -> Picture:
         from mole_diffusion.png import save_png
@@ -199,20 +206,24 @@ def _seconds(order: Order) -> int:
 
 
 def renderer(generator: Generator) -> Callable[[Order], Generator_[Any, None, None]]:
-    """A function that yields notes, steps and the result of an order; closing it cancels.
+    """A function that yields notes, steps and the result of an order, and None where nothing is new; closing cancels.
 
     A generator function of plain data, because ZeroGPU runs it in a process of its own, pickles the order on the
-    way there and what is yielded on the way back.
+    way there and what is yielded on the way back. It keeps the sentence of an error to itself there, so a MoleError
+    is yielded too.
     """
 
     @on_gpu(_seconds)
     def render(order: Order) -> Generator_[Any, None, None]:
-        yield from _render(generator, order)
+        try:
+            yield from _render(generator, order)
+        except MoleError as error:
+            yield error
 
     return render
 
 
-def _render(generator: Generator, order: Order) -> Iterator[str | StepEvent | Rendered]:
+def _render(generator: Generator, order: Order) -> Iterator[str | StepEvent | Rendered | None]:
     updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
     cancel = threading.Event()
 
@@ -233,7 +244,11 @@ def _render(generator: Generator, order: Order) -> Iterator[str | StepEvent | Re
 
 def _until_done(updates: queue.SimpleQueue[Any]) -> Iterator[Any]:
     while True:
-        update = updates.get()
+        try:
+            update = updates.get(timeout=LOOK)
+        except queue.Empty:
+            yield None
+            continue
         if isinstance(update, BaseException):
             raise update
         yield update

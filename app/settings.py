@@ -100,7 +100,7 @@ def settings_from(argv: Sequence[str] | None = None, environ: Mapping[str, str] 
     args = parser().parse_args([] if argv is None else list(argv))
     space = bool(env.get("SPACE_ID"))
     settings = Settings(
-        data_dir=Path(args.data_dir or env.get("MOLE_DATA_DIR") or platformdirs.user_data_dir(APP_NAME)).expanduser(),
+        data_dir=_data_dir(args.data_dir or env.get("MOLE_DATA_DIR") or platformdirs.user_data_dir(APP_NAME)),
         host=args.host or env.get("MOLE_HOST") or ("0.0.0.0" if space else "127.0.0.1"),
         port=_port(args.port if args.port is not None else env.get("MOLE_PORT", "7860")),
         password=args.password or env.get("MOLE_PASSWORD") or None,
@@ -131,6 +131,11 @@ def _port(value: int | str) -> int:
     if not 0 <= port <= 65535:
         raise InvalidRequest(f"The port must be between 0 and 65535, but it was {port}.")
     return port
+
+
+def _data_dir(value: str | Path) -> Path:
+    """Absolute: the database hands its paths to processes that may start in another folder."""
+    return Path(value).expanduser().resolve()
 
 
 def _folder(value: str | Path | None) -> Path | None:

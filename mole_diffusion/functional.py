@@ -38,12 +38,12 @@ def renormalise(weights: Tensor, mask: Tensor) -> Tensor:
         mask: (N,) bool, True = active.
 
     Returns:
-        (…, N); zero where no active expert has any weight.
+        (…, N). Active weights that sum to 0 (one LoRA minus another) have no proportion: they stay as they are.
     """
     kept = torch.where(mask, weights, torch.zeros_like(weights))
     total = kept.sum(-1, keepdim=True)
     share = weights.sum(-1, keepdim=True) / torch.where(total == 0, torch.ones_like(total), total)
-    return kept * torch.where(total == 0, torch.zeros_like(share), share)
+    return kept * torch.where(total == 0, torch.ones_like(share), share)
 
 
 def softmax_gate(logits: Tensor, tau: Tensor | float = 1.0, mask: Tensor | None = None) -> Tensor:

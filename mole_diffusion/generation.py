@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -243,8 +244,9 @@ def _parameters(
     rescale = base.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
     return {
         "schema": 1,
-        "base": base.name,
-        "source": base.source,
+        # Pictures are shared: a folder is named, its path is nobody's business.
+        "base": Path(base.name).name,
+        "source": Path(base.source).name if Path(base.source).is_dir() else base.source,
         "revision": base.revision,
         "prompt": request.prompt,
         "negative": request.negative,

@@ -32,6 +32,7 @@ def save_composition(composition: Composition, path: str | Path) -> Path:
     """See :meth:`mole_diffusion.Composition.save`."""
     content = {
         "base": _base_name(composition),
+        "prediction": getattr(composition.base, "prediction_type", None),
         "experts": [
             {"name": e.name, "sha256": e.sha256, "trigger": e.trigger, "role": e.role} for e in composition.experts
         ],
@@ -43,7 +44,7 @@ def save_composition(composition: Composition, path: str | Path) -> Path:
 
 
 def read_composition_header(source: Source) -> dict[str, Any]:
-    """What a composition file says: base, experts (name, sha256, trigger, role), gate, recipe.
+    """What a composition file says: base, prediction type, experts (name, sha256, trigger, role), gate, recipe.
 
     Raises:
         InvalidFile: not a composition, damaged, or of a newer schema.
@@ -89,6 +90,12 @@ def load_composition(
     content = read_composition_header(data)
     if base is not None and content["base"] not in (None, base.family, getattr(base, "name", None)):
         raise BaseMismatch(f"This composition was made for {content['base']}, not for {base.title}.")
+    prediction = getattr(base, "prediction_type", None)
+    if base is not None and None not in (content["prediction"], prediction) and content["prediction"] != prediction:
+        raise BaseMismatch(
+            f"The gates of this composition were trained on a base that predicts {content['prediction']}, "
+            f"{base.title} predicts {prediction}: choose the base they were trained on, or train new ones."
+        )
     experts = _find_experts(content["experts"], experts_by_sha)
     try:
         config = gate_from_json(content["gate"])
@@ -118,7 +125,9 @@ def _check_tensors(pipe: Any, experts: list[Expert], config: AnyGate, tensors: M
 
 
 def _check_content(content: Any) -> None:
-    expected = {"base": str | None, "experts": list, "gate": dict, "recipe": dict}
+    expected = {"base": str | None, "prediction": str | None, "experts": list, "gate": dict, "recipe": dict}
+    if isinstance(content, dict):
+        content.setdefault("prediction", None)  # files of the first days do not say it
     if not isinstance(content, dict) or set(content) != set(expected):
         raise InvalidFile("The header of this composition must hold base, experts, gate and recipe: it is damaged.")
     for field, kind in expected.items():

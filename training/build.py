@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ def load_base(name: str, precision: str | None) -> tuple[Base, Any]:
 
     if torch.get_num_threads() != (os.cpu_count() or 1) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    base, device = get_base(name), choose_placement().device
+    base, device = get_base(name), choose_placement(device_asked_for()).device
     chosen = choose_precision(precision, base, device)  # type: ignore[arg-type]
     half = chosen == "bfloat16" and device.type == "cuda"
     pipe = base.load(device, torch.bfloat16 if half else torch.float32)
@@ -47,6 +48,11 @@ def load_base(name: str, precision: str | None) -> tuple[Base, Any]:
     elif base.family != "demo":
         pipe.unet.enable_gradient_checkpointing()  # a third slower, and fits into consumer GPUs
     return base, pipe
+
+
+def device_asked_for() -> str | None:
+    """The device that the user named (the page and the commands say so in MOLE_DEVICE), None for the best one."""
+    return {"": None, "auto": None}.get(name := os.environ.get("MOLE_DEVICE", ""), name)
 
 
 def build_subject(config: SubjectConfig, images: Path) -> SubjectTask:
@@ -68,11 +74,12 @@ def build_gate(config: GateTrainingConfig, experts: Sequence[GateExpert], work: 
 
     check(len(experts) >= 2, f"A gate chooses between experts: it needs at least two, not {len(experts)}.")
     phrases = [item.phrase.lower() for item in experts]
-    check(len(set(phrases)) == len(phrases), f"Two experts are both called “{phrases[0]}”; give them own triggers.")
+    twice = next((phrase for phrase in phrases if phrases.count(phrase) > 1), "")
+    check(not twice, f"Two experts are both called “{twice}”; give them own triggers.")
     base, pipe = load_base(config.base, config.precision)
     for item in experts:
         check_fits(item.expert, base)
-    subjects = [_subject(item, config, base, pipe, work / f"views-{n}", log) for n, item in enumerate(experts)]
+    subjects = [_subject(item, config, base, pipe, work, log) for item in experts]
     called = [replace(item.expert, trigger=item.expert.trigger or item.phrase) for item in experts]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the gates' hidden layers start at random
@@ -81,7 +88,7 @@ def build_gate(config: GateTrainingConfig, experts: Sequence[GateExpert], work: 
     return GateTask(config, base, pipe, composition, subjects)
 
 
-def _subject(item: GateExpert, config: GateTrainingConfig, base: Base, pipe: Any, folder: Path, log: Log) -> Subject:
+def _subject(item: GateExpert, config: GateTrainingConfig, base: Base, pipe: Any, work: Path, log: Log) -> Subject:
     """The expert's pictures: the user's if one has a mask, else those it made before, else new ones of its own."""
     from training.data.self_views import make_self_views
 
@@ -91,6 +98,8 @@ def _subject(item: GateExpert, config: GateTrainingConfig, base: Base, pipe: Any
         if subject.cutouts:
             return subject
         log(f"The pictures of {name} have no transparent background, so the expert makes its own.")
+    made_from = f"{item.expert.sha256}|{item.phrase}|{base.name}|{config.seed}|{config.self_views}"
+    folder = work / f"views-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
     if (folder / "whole").is_file():
         return load_subject(name, item.phrase, folder)
     log(f"{name} makes {config.self_views} pictures of its subject.")

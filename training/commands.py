@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def run_subject(args: argparse.Namespace) -> int:
     from training.tasks.subject import SubjectConfig
 
     names = ("base", "token", "adapter", "rank", "prior_pictures", "snr_gamma")
-    settings = _settings(args, *names, **{"class": args.class_name}, flip=not args.no_flip)
+    settings = _settings(args, *names, **{"class": args.class_name}, flip=False if args.no_flip else None)
     config = parse(SubjectConfig, settings)
     return _train(args, lambda log: build_subject(config, args.images))
 
@@ -179,6 +180,7 @@ def _add_common(parser: argparse.ArgumentParser, steps: str, rate: str) -> None:
     parser.add_argument("--seed", type=int, help="default 0")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels; default the base's")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="default by base and device")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default the best there is")
     parser.add_argument("--sample-every", type=int, default=0, help="steps between sample pictures; default none")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; default 100")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints beside --out")
@@ -198,6 +200,8 @@ def _work(out: Path) -> Path:
 
 def _train(args: argparse.Namespace, build: Callable[[Callable[[str], None]], Task]) -> int:
     """Run a task on this terminal: Ctrl-C writes a checkpoint and stops, ``--resume`` goes on."""
+    if args.device:
+        os.environ["MOLE_DEVICE"] = args.device
     from training.loop import Schedule, run
 
     if args.out.suffix != ".safetensors":

@@ -29,7 +29,7 @@ from mole_diffusion.scoring.intervals import bootstrap_interval, calibrate_thres
 from mole_diffusion.scoring.place import overlap, place_scores, windows
 from mole_diffusion.scoring.report import find_subjects
 from mole_diffusion.scoring.views import Gallery, load_views
-from training.base.scenes import COLOURS, article, background_phrase, paint_background, paste
+from training.base.scenes import COLOURS, article, background_phrase, paint_background, paste, slots, snap
 from training.build import GateExpert, build_gate
 from training.objectives.collage import CollageConfig, make_pool
 from training.objectives.held_out import held_out_collage_loss
@@ -97,8 +97,9 @@ class Bench:
             for slot, number in enumerate((first, second)):
                 views = self.views[self.names[number]]
                 view = (views[index % len(views)].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-                where = (size * (0.27 + 0.46 * slot), size * rng.uniform(0.42, 0.6))
-                picture, _ = paste(picture, view, size * rng.uniform(0.45, 0.58), where, rng, rotate=0)
+                x, y, extent = slots(2)[slot]
+                where = (size * snap(x, size), size * snap(y, size))
+                picture, _ = paste(picture, view, size * extent, where, rng, flip=False, rotate=0)
             made.append((_tensor(np.clip(picture, 0, 255).astype(np.uint8)), (int(first), int(second))))
         return made
 
@@ -195,7 +196,7 @@ def _held_out_pool(bench: Bench, pair: tuple[str, str]) -> Any:
     from training.data.subjects import load_subject
 
     found = [load_subject(name, bench.phrase(name), bench.root / "subjects" / name / "heldout") for name in pair]
-    return make_pool(bench.pipe, bench.base, found, 32, HELD_OUT_SEED, config=CollageConfig(single=0))
+    return make_pool(bench.pipe, bench.base, found, 32, HELD_OUT_SEED, config=CollageConfig.of(bench.base, single=0))
 
 
 def _composition(bench: Bench, pair: tuple[str, str], experts: list[Expert], method: str, out: Path) -> Any:

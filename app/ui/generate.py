@@ -50,19 +50,20 @@ class Controls:
     left_out: gr.CheckboxGroup
     drafted: gr.State
     ready: gr.State
+    wanted: gr.State
 
     @property
     def order(self) -> list[Any]:
         """What decides the picture, in the order that ``_Handlers.start`` takes it."""
         return [
             self.base, self.subjects, self.method, self.prompt, self.beside, self.seed, self.steps, self.guidance,
-            self.count, self.negative, self.left_out,
+            self.count, self.negative, self.left_out, self.wanted,
         ]  # fmt: skip
 
     @property
     def depending(self) -> list[Any]:
         """What follows from the choice of subjects."""
-        return [*self.methods, self.prompt, self.drafted, self.left_out]
+        return [*self.methods, self.prompt, self.drafted, self.left_out, self.wanted]
 
     @property
     def methods(self) -> list[Any]:
@@ -157,7 +158,7 @@ def _controls(services: Services) -> Controls:
         )
     return Controls(
         subjects, method, hint, prompt, beside, go, stop, another, base, seed, steps, guidance, count, negative,
-        left_out, gr.State(""), gr.State(False),
+        left_out, gr.State(""), gr.State(False), gr.State(""),
     )  # fmt: skip
 
 
@@ -211,10 +212,10 @@ class _Handlers:
         return [base, *self._shown(base, picked, "", "", owner)]
 
     @guarded
-    def pick(self, handed: tuple[str, list[str]], request: gr.Request) -> list[Any]:
-        """Another tab hands over a base and subjects."""
-        base, experts = handed
-        return [base, *self._shown(base, experts, "", "", self._owner(request))]
+    def pick(self, handed: tuple[str, list[str], str], request: gr.Request) -> list[Any]:
+        """Another tab hands over a base, subjects and the gates to use until other subjects are chosen."""
+        base, experts, wanted = handed
+        return [base, *self._shown(base, experts, "", "", self._owner(request), wanted)]
 
     @guarded
     def rebase(self, base: str, prompt: str, drafted: str, request: gr.Request) -> list[Any]:
@@ -248,20 +249,22 @@ class _Handlers:
         """NLA is worth a place beside anything but itself."""
         return gr.update(visible=method != "nla", value=method == "gates")
 
-    def _shown(self, base: str, picked: Sequence[str], prompt: str, drafted: str, owner: str) -> list[Any]:
+    def _shown(
+        self, base: str, picked: Sequence[str], prompt: str, drafted: str, owner: str, wanted: str = ""
+    ) -> list[Any]:
         offered = self._services.offered(base, owner)
         entries = [entry for entry in offered if entry.sha256 in picked]
         ready = self._ready(picked, owner)
         steps, guidance = self._defaults(base)
         return [
             gr.update(choices=[(e.name, e.sha256) for e in offered], value=[e.sha256 for e in entries]),
-            *self._depending(entries, ready, prompt, drafted),
+            *self._depending(entries, ready, prompt, drafted, wanted),
             steps,
             guidance,
             invitation(entries, ready),
         ]
 
-    def _depending(self, entries: list[Entry], ready: bool, prompt: str, drafted: str) -> list[Any]:
+    def _depending(self, entries: list[Entry], ready: bool, prompt: str, drafted: str, wanted: str = "") -> list[Any]:
         draft = default_prompt(entries)
         keep = bool(prompt.strip()) and prompt != drafted
         return [
@@ -269,6 +272,7 @@ class _Handlers:
             gr.skip() if keep else draft,
             gr.skip() if keep else draft,
             gr.update(choices=[e.name for e in entries], value=[], visible=len(entries) > 1),
+            wanted,
         ]
 
     def _methods(self, count: int, ready: bool) -> list[Any]:
@@ -300,15 +304,16 @@ class _Handlers:
 
     @guarded
     def start(
-        self, base: str, picked: list[str], method: str, prompt: str, beside: bool, seed: float | None, steps: float,
-        guidance: float, count: float, negative: str, left_out: list[str], request: gr.Request,
+        self, base: str, picked: list[str], method: str, prompt: str, beside: bool, seed: float | None,
+        steps: float | None, guidance: float | None, count: float | None, negative: str, left_out: list[str],
+        wanted: str, request: gr.Request,
     ) -> list[Any]:  # fmt: skip
         """Begin; the page follows by the timer."""
         owner = self._owner(request)
         orders = orders_for(
             self._services, owner, base=base, experts=picked, method=method, prompt=prompt, beside=beside,
-            seed=0 if seed is None else int(seed), steps=int(steps), guidance=float(guidance), count=int(count),
-            negative=negative or "", left_out=left_out or [],
+            seed=seed, steps=steps, guidance=guidance, count=count, negative=negative, left_out=left_out,
+            wanted=Path(wanted) if wanted else None,
         )  # fmt: skip
         session = self._services.sessions.start(orders, owner)
         return _drawn(session, ())

@@ -48,7 +48,7 @@ def curve(view: JobView) -> str:
     points = thin([(float(step), loss) for step, loss in view.losses])
     lines = [Series("each step", "var(--border-color-accent)", points), Series("loss", "var(--s1)", smooth(points))]
     if len(view.held_out) > 1:
-        held_out = [(float(step), loss) for step, loss in view.held_out]
+        held_out = thin([(float(step), loss) for step, loss in view.held_out])
         lines.append(Series("on scenes it never trained on", "var(--s2)", held_out))
     total = max(view.job.total, int(points[-1][0]))
     chart = line_chart(lines, x_end=total, x_words=("step 1", f"step {total:,}"), height=150, label="Loss by step")

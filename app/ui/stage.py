@@ -37,7 +37,9 @@ def invitation(entries: list[Entry], ready: bool) -> str:
 
 def shot_html(shot: Shot, siblings: Session) -> str:
     """One method's picture: preview or result, its caption and its alignment so far."""
-    return block(f'<figure class="shot">{_frame(shot)}{_caption(shot)}{_chart(shot, siblings)}</figure>')
+    return block(
+        f'<figure class="shot">{_frame(shot)}{_caption(shot)}{_chart(shot, siblings)}{_unscored(shot)}</figure>'
+    )
 
 
 def status(session: Session | None) -> str:
@@ -61,7 +63,9 @@ def results(session: Session) -> str:
     failed = [note(shot.error, "bad", f"{shot.title}.") for shot in session.shots if shot.state == "failed"]
     if not done:
         return block(f'<div class="notes">{"".join(failed)}</div>') if failed else ""
-    return block("".join(failed) + f'<div class="panel">{_table(done)}</div>{_parameters(done)}')
+    scored = [shot for shot in done if shot.rendered and not shot.rendered.unscored]
+    table = f'<div class="panel">{_table(scored)}</div>' if scored else ""
+    return block("".join(failed) + table + _parameters(done))
 
 
 # -- pictures --------------------------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ def duration_short(seconds: float) -> str:
 
 
 def _chart(shot: Shot, siblings: Session) -> str:
-    if not shot.alignment:
+    if not any(shot.alignment):
         return ""
     lines = [Series("prompt", INK, _points(shot, "prompt"))]
     for number, subject in enumerate(shot.order.subjects):
@@ -141,6 +145,11 @@ def _chart(shot: Shot, siblings: Session) -> str:
         y_range=nice_range(everything),
         label=f"Alignment of {shot.title} per step",
     )
+
+
+def _unscored(shot: Shot) -> str:
+    why = shot.rendered.unscored if shot.rendered else ""
+    return note(why, strong="This picture has no scores.") if why else ""
 
 
 def _points(shot: Shot, name: str) -> list[tuple[float, float]]:

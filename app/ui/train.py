@@ -69,7 +69,7 @@ class TrainTab:
         use: the button that takes a finished composition to the generate tab.
         chosen: id of the chosen job.
         refresh: handler that offers what the library holds now.
-        picked: handler that turns the chosen job's id into (base, hashes of its experts).
+        picked: handler that turns the chosen job's id into (base, hashes of its experts, file of its gates).
     """
 
     use: gr.Button
@@ -91,14 +91,14 @@ def train_tab(services: Services, page: gr.Blocks) -> TrainTab:
             detail = _detail()
     handlers = _Handlers(services)
     offering = [controls.base, controls.subjects, touched]
-    page.load(handlers.refresh, offering, controls.subjects, **QUIET).then(
-        handlers.estimate, [controls.base, controls.steps], controls.estimate, **QUIET
-    )
+    estimate: dict[str, Any] = {
+        "fn": handlers.estimate, "inputs": [controls.base, controls.steps], "outputs": controls.estimate, **QUIET,
+        "preprocess": False,  # a slider whose number is just being typed has none, and Gradio would stumble over it
+    }  # fmt: skip
+    page.load(handlers.refresh, offering, controls.subjects, **QUIET).then(**estimate)
     controls.subjects.input(lambda: True, None, touched, **QUIET)
-    controls.base.input(handlers.rebase, controls.base, [controls.subjects, touched], **QUIET).then(
-        handlers.estimate, [controls.base, controls.steps], controls.estimate, **QUIET
-    )
-    controls.steps.change(handlers.estimate, [controls.base, controls.steps], controls.estimate, **QUIET)
+    controls.base.input(handlers.rebase, controls.base, [controls.subjects, touched], **QUIET).then(**estimate)
+    controls.steps.change(**estimate)
     polled = [chosen, seen, jobs, *detail.all]
     controls.go.click(handlers.start, controls.recipe, chosen, **QUIET).then(
         handlers.poll, [chosen, seen], polled, **QUIET
@@ -180,18 +180,19 @@ class _Handlers:
         return [self.refresh(base, [], False, request), False]
 
     @guarded
-    def estimate(self, base: str, steps: float) -> str:
+    def estimate(self, base: str, steps: float | None) -> str:
         """How long it will take, in words."""
-        return block(f'<p class="muted">{self._services.jobs.estimate(base, int(steps))}</p>')
+        return block(f'<p class="muted">{self._services.jobs.estimate(base, _steps(steps))}</p>')
 
     @guarded
     def start(
-        self, base: str, picked: list[str], scope: str, steps: float, lr: float, alpha: float, seed: float,
-        request: gr.Request,
+        self, base: str, picked: list[str], scope: str, steps: float | None, lr: float | None, alpha: float | None,
+        seed: float | None, request: gr.Request,
     ) -> str:  # fmt: skip
-        """Queue a job and choose it."""
+        """Queue a job and choose it; an emptied field stands for the usual value."""
+        alpha = GateRecipe.alpha if alpha is None else float(alpha)
         recipe = GateRecipe(
-            scope=scope, steps=int(steps), lr=float(lr or 0) or None, alpha=float(alpha), seed=int(seed or 0)
+            scope=scope, steps=_steps(steps), lr=float(lr or 0) or None, alpha=alpha, seed=int(seed or 0)
         )
         return self._services.jobs.train_gates(base, picked, recipe, self._owner(request))
 
@@ -207,10 +208,10 @@ class _Handlers:
         gr.Info("The job stops after the step it is at.", title="", duration=4)
 
     @guarded
-    def picked(self, chosen: str, request: gr.Request) -> tuple[str, list[str]]:
-        """Base and experts of the chosen job."""
-        job = self._services.jobs.view(chosen, self._owner(request)).job
-        return str(job.config["base"]), [str(expert["sha256"]) for expert in job.config["experts"]]
+    def picked(self, chosen: str, request: gr.Request) -> tuple[str, list[str], str]:
+        """Base, experts and composition file of the chosen job."""
+        job, path = self._services.jobs.made(chosen, self._owner(request))
+        return str(job.config["base"]), [str(expert["sha256"]) for expert in job.config["experts"]], str(path or "")
 
     @guarded
     def poll(self, chosen: str, seen: dict[str, int], request: gr.Request) -> list[Any]:
@@ -234,6 +235,10 @@ class _Handlers:
             running and not view.job.cancel,
         ]
         return [chosen, *_changed(seen, parts)]
+
+
+def _steps(steps: float | None) -> int:
+    return GateRecipe.steps if steps is None else int(steps)
 
 
 def _changed(seen: dict[str, int], parts: Sequence[Any]) -> list[Any]:

@@ -1,5 +1,5 @@
-"""What differs between the families of Stable Diffusion: towers, added conditions, pipeline class. Nothing else may ask
-which family a base belongs to."""
+"""What differs between the families of Stable Diffusion: towers, added conditions, pipeline class. Nothing else in this
+package may ask which family a base belongs to."""
 
 from __future__ import annotations
 

@@ -21,4 +21,4 @@ BASES: Mapping[str, str] = MappingProxyType(
 def assets_dir() -> Path:
     """Folder of the demo base, its experts and subjects; the environment variable MOLE_ASSETS names another one."""
     override = os.environ.get("MOLE_ASSETS")
-    return Path(override) if override else Path(__file__).resolve().parents[2] / "assets"
+    return Path(override).expanduser().resolve() if override else Path(__file__).resolve().parents[2] / "assets"

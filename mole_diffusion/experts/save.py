@@ -14,6 +14,8 @@ from torch import Tensor
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.experts.canonical import Expert, LowRank
 
+_SCALES = ("lora_adapter_metadata", "ss_network_alpha", "ss_network_dim")
+
 
 def save_expert(
     expert: Expert | Mapping[str, LowRank],
@@ -103,4 +105,6 @@ def _metadata(expert: Expert | Mapping[str, LowRank]) -> dict[str, str]:
     if not isinstance(expert, Expert):
         return {}
     stated = {"modelspec.trigger_phrase": expert.trigger, "mole.base": expert.base, "mole.role": expert.role}
-    return {**expert.metadata, **{key: value for key, value in stated.items() if value}}
+    # The scale is in B or in the alphas now: what the header said of it would be applied a second time.
+    kept = {key: value for key, value in expert.metadata.items() if key not in _SCALES}
+    return {**kept, **{key: value for key, value in stated.items() if value}}

@@ -140,7 +140,7 @@ def wait_for_scores(page: Page) -> None:
 
 def test_one_click_makes_a_scored_picture_with_both_subjects(visit: Open, site: Site) -> None:
     page = visit(DESKTOP)
-    expect(page.locator("#prompt textarea")).to_have_value("a zwx bunny and a zwx robot on a beach")
+    expect(page.locator("#prompt textarea")).to_have_value("a zwx bunny and a zwx robot on a white background")
     keep(page, "first-visit-desktop")
     page.locator("#generate").click()
     page.locator("#first .frame img").wait_for()
@@ -159,7 +159,7 @@ def test_one_click_makes_a_scored_picture_with_both_subjects(visit: Open, site: 
     from mole_diffusion.png import read_parameters
 
     saved = read_parameters(Path(download.value.path()))
-    assert (saved["method"], saved["prompt"]) == ("gates", "a zwx bunny and a zwx robot on a beach")
+    assert (saved["method"], saved["prompt"]) == ("gates", "a zwx bunny and a zwx robot on a white background")
     page.reload()
     wait_for_scores(page)
 
@@ -183,12 +183,18 @@ def test_two_uploads_are_trained_and_generated_through_a_reload(visit: Open, sit
     keep(page, "library-desktop")
     page.locator("#onward").click()
     expect(page.locator("#experts label.selected")).to_have_text(["snow bunny", "tin robot"])
-    set_steps(page, "#train-advanced", "#train-steps", 20)
+    set_steps(page, "#train-advanced", "#train-steps", 100)
     page.locator("#train").click()
     page.locator("#jobs .chip.live").wait_for()
+    while (job := site.services.jobs.list()[0]).pid is None:
+        page.wait_for_timeout(50)
     page.reload()
     tab(page, "Train")
     expect(page.locator("#jobs .job")).to_have_count(1)
+    expect(page.locator("#jobs .job")).to_have_attribute("data-id", job.id)
+    page.locator("#jobs .chip.live").wait_for()
+    now = site.services.jobs.list()[0]
+    assert (now.id, now.state, now.pid, now.attempts) == (job.id, "running", job.pid, 1)
     expect(page.locator("#jobs .job strong")).to_contain_text("tin robot")
     expect(page.locator("#job-head")).not_to_be_empty()
     page.locator("#job-curve .plot").wait_for()
@@ -197,7 +203,7 @@ def test_two_uploads_are_trained_and_generated_through_a_reload(visit: Open, sit
     keep(page, "trained-desktop")
     page.locator("#use-gates").click()
     expect(page.locator("#subjects label.selected")).to_have_text(["snow bunny", "tin robot"])
-    expect(page.locator("#prompt textarea")).to_have_value("a pqr bunny and a qvx robot on a beach")
+    expect(page.locator("#prompt textarea")).to_have_value("a pqr bunny and a qvx robot on a white background")
     page.locator("#generate").click()
     wait_for_scores(page)
     expect(page.locator("#results .who")).to_have_count(5)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from app.jobs import GateRecipe, JobService, duration
+from app.jobs import GateRecipe, JobService, JobView, duration
+from app.orders import orders_for
+from app.plan import Order
 from app.services import Services
+from app.ui import generate, train
 from app.ui.job_views import curve, head, job_list
 from mole_diffusion.errors import InvalidRequest
 from tests.app.conftest import Files
-from training.jobs.store import JobStore
+from training.jobs.store import Job, JobEvent, JobStore
 
 
 @pytest.fixture
@@ -57,6 +62,16 @@ def test_a_subject_without_words_cannot_be_trained(services: Services, files: Fi
         services.jobs.train_gates("demo", [entry.sha256, demo(services)[-1]], GateRecipe())
 
 
+def test_subjects_of_one_phrase_are_refused_before_the_job_is_queued(services: Services, files: Files) -> None:
+    robot = services.library.add(files.robot, "tin.safetensors").entry
+    bunny = services.library.add(files.bunny, "snow.safetensors").entry
+    services.library.update(robot.sha256, name="tin", trigger="qvx", subject_class="robot")
+    services.library.update(bunny.sha256, name="snow", trigger="QVX robot", subject_class="")
+    with pytest.raises(InvalidRequest, match="“tin” and “snow” are both called “QVX robot”"):
+        services.jobs.train_gates("demo", [demo(services)[-1], robot.sha256, bunny.sha256], GateRecipe())
+    assert services.jobs.list() == []
+
+
 @pytest.mark.parametrize(
     ("values", "word"),
     [({"scope": "pixel"}, "scope"), ({"steps": 0}, "steps"), ({"lr": -1.0}, "rate"), ({"alpha": -1.0}, "balance")],
@@ -100,6 +115,47 @@ def test_a_running_job_is_drawn_from_the_database(services: Services, store: Job
     assert "training" in job_list(services.jobs.list(), job)
 
 
+def test_only_what_is_new_is_read_again(services: Services, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = services.jobs.train_gates("demo", demo(services), GateRecipe(steps=2000))
+    store.claim()
+    read: list[int] = []
+    events = JobStore.events
+
+    def counted(self: JobStore, *arguments: Any, **options: Any) -> list[JobEvent]:
+        found = events(self, *arguments, **options)
+        read.append(sum(event.type == "progress" for event in found))
+        return found
+
+    monkeypatch.setattr(JobStore, "events", counted)
+    for steps in (range(1, 41), range(41, 44), range(44, 44)):
+        for step in steps:
+            store.progress(job, step, 2000, 1 / step, {"held_out_loss": 0.5})
+        read.clear()
+        view = services.jobs.view(job)
+        assert sum(read) == len(steps)
+    assert [step for step, _loss in view.losses] == [step for step, _loss in view.held_out] == list(range(1, 44))
+    assert view.seconds_left is not None
+
+
+def test_the_pace_is_that_of_earlier_jobs(services: Services, store: JobStore) -> None:
+    job = services.jobs.train_gates("demo", demo(services), GateRecipe(steps=20))
+    store.claim()
+    for step in range(1, 21):
+        store.progress(job, step, 20, 1.0, {})
+    store.set_state(job, "finished", result={})
+    assert services.jobs.estimate("demo", 300).endswith("as measured on this machine.")
+
+
+def test_a_long_curve_is_drawn_with_few_points() -> None:
+    many = [(step, 1 / step) for step in range(1, 20_001)]
+    assert curve(JobView(_job(total=20_000), many, many, [], "", None)).count("L") < 3 * 500
+
+
+def _job(total: int) -> Job:
+    values: dict[str, Any] = dict.fromkeys(field.name for field in fields(Job))
+    return Job(**{**values, "state": "running", "step": total, "total": total})
+
+
 def test_a_failed_job_says_why(services: Services, store: JobStore) -> None:
     job = services.jobs.train_gates("demo", demo(services), GateRecipe())
     store.claim()
@@ -107,21 +163,68 @@ def test_a_failed_job_says_why(services: Services, store: JobStore) -> None:
     assert "The disk is &lt;full&gt;." in head(services.jobs.view(job))
 
 
-def test_gates_of_a_finished_job_are_offered(services: Services, store: JobStore, trained: object) -> None:
-    from app.plan import Order
-
-    assert isinstance(trained, Order) and trained.composition is not None
-    experts = [subject.sha256 for subject in trained.subjects]
-    assert services.compositions.for_subjects(experts) is None
-    job = services.jobs.train_gates("demo", experts, GateRecipe())
+def finished(services: Services, store: JobStore, trained: Order, owner: str = "") -> tuple[str, Path]:
+    """A job that has ended well, and its composition."""
+    assert trained.composition is not None
+    job = services.jobs.train_gates("demo", [subject.sha256 for subject in trained.subjects], GateRecipe(), owner)
     target = services.settings.data_dir / "compositions" / f"{job}.safetensors"
     target.write_bytes(trained.composition.read_bytes())
     store.claim()
     store.set_state(job, "finished", result={"path": f"compositions/{job}.safetensors"})
+    return job, target
+
+
+def test_gates_of_a_finished_job_are_offered(services: Services, store: JobStore, trained: Order) -> None:
+    experts = [subject.sha256 for subject in trained.subjects]
+    assert services.compositions.for_subjects(experts) is None
+    _job, target = finished(services, store, trained)
     found = services.compositions.for_subjects(list(reversed(experts)))
     assert found is not None
     assert (found.path, found.experts, found.family) == (target, tuple(experts), "demo")
     assert services.compositions.for_subjects(experts[:1]) is None
+
+
+def test_the_gates_of_the_chosen_job_are_used_until_other_subjects_are_chosen(
+    services: Services, store: JobStore, trained: Order
+) -> None:
+    (older, path), (_newer, newest) = (finished(services, store, trained) for _ in range(2))
+    experts = [subject.sha256 for subject in trained.subjects]
+    handed = train._Handlers(services).picked(older, request=None)
+    assert handed == ("demo", experts, str(path))
+    page = generate._Handlers(services)
+    assert page.pick(handed, request=None)[-4] == str(path)
+    assert page.subjects(experts, "demo", "", "", request=None)[-2] == "", "another choice forgets the chosen gates"
+    assert [order.composition for order in orders(services, experts, wanted=path)] == [path, None]
+    assert orders(services, experts)[0].composition == newest
+    assert orders(services, experts, wanted=Path("elsewhere"))[0].composition == newest
+    assert orders(services, experts[:1], wanted=path)[0].composition is None
+
+
+def test_nobody_is_handed_anothers_gates(services: Services, store: JobStore, trained: Order) -> None:
+    job, path = finished(services, store, trained, owner="ann")
+    with pytest.raises(InvalidRequest):
+        services.jobs.made(job, "bob")
+    experts = [subject.sha256 for subject in trained.subjects]
+    assert orders(services, experts, owner="bob", wanted=path)[0].composition is None
+    assert orders(services, experts, owner="ann", wanted=path)[0].composition == path
+
+
+def orders(services: Services, experts: list[str], owner: str = "", **more: Any) -> list[Order]:
+    usual = {"seed": None, "steps": None, "guidance": None, "count": None, "negative": None, "left_out": None}
+    request = {"base": "demo", "method": "gates", "prompt": "a zwx robot", "beside": True}
+    return orders_for(services, owner, experts=experts, **{**request, **usual, **more})
+
+
+def test_emptied_fields_stand_for_the_usual_values(services: Services, store: JobStore) -> None:
+    from mole_diffusion.bases import get_base
+
+    base, order = get_base("demo"), orders(services, demo(services))[0]
+    assert (order.seed, order.count, order.negative) == (0, 1, "")
+    assert (order.steps, order.guidance) == (base.default_steps, base.default_guidance)
+    page = train._Handlers(services)
+    assert "300 steps" in page.estimate("demo", None)
+    config = store.get(page.start("demo", demo(services), "token", None, None, None, None, request=None)).config
+    assert (config["steps"], config["lr"], config["alpha"], config["seed"]) == (300, None, 0.5, 0)
 
 
 def test_the_estimate_is_a_plain_sentence(services: Services) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from app.records import MAX_NAME, MAX_TRIGGER
 from app.services import Services
 from mole_diffusion.errors import InvalidFile, InvalidRequest
-from tests.app.conftest import Files
-from tests.tiny import cut_out
+from tests.app.conftest import Files, said
+from tests.tiny import cut_out, tiny_lora, tiny_sd
 
 
 def stored(services: Services) -> list[Path]:
@@ -85,6 +86,26 @@ def test_words_can_be_changed_but_not_those_of_the_demo(services: Services, file
         services.library.update(demo.sha256, name="mine", trigger="", subject_class="")
     with pytest.raises(InvalidRequest, match="demo"):
         services.library.remove(demo.sha256)
+
+
+def test_words_are_never_cut_in_silence(services: Services, files: Files, tmp_path: Path) -> None:
+    long = tiny_lora(tmp_path / "long.safetensors", tiny_sd(), seed=5, metadata=said("word " * 39 + "robot"))
+    entry = services.library.add(long, "n" * 100).entry
+    assert entry.trigger == "word " * 39 + "robot"
+    assert len(entry.trigger) == MAX_TRIGGER
+    fitting = {"name": "n" * MAX_NAME, "trigger": "t" * MAX_TRIGGER, "subject_class": "c" * MAX_NAME}
+    changed = services.library.update(entry.sha256, **fitting)
+    assert (changed.name, changed.trigger, changed.subject_class) == tuple(fitting.values())
+    for field, word in (("name", "name"), ("trigger", "trigger"), ("subject_class", "class")):
+        with pytest.raises(InvalidRequest, match=f"The {word} may have {len(fitting[field])} characters"):
+            services.library.update(entry.sha256, **{**fitting, field: fitting[field] + "!"})
+    assert services.library.get(entry.sha256) == changed
+
+
+def test_a_file_that_fits_neither_base_of_its_family_is_told_why(services: Services, tmp_path: Path) -> None:
+    wrong = tiny_lora(tmp_path / "x.safetensors", tiny_sd(), seed=5, metadata={"ss_base_model_version": "sd_v2"})
+    with pytest.raises(InvalidFile, match=r"does not fit Stable Diffusion 2\.1.*modules"):
+        services.library.add(wrong, "x.safetensors")
 
 
 def test_one_visitor_does_not_see_anothers_files(services: Services, files: Files) -> None:

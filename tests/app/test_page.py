@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from gradio_client import Client, handle_file
 
 from app.main import build_app, launch_options
-from app.services import Services, build_services, owner_of
+from app.services import Services, build_services
 from app.settings import Settings
 from app.ui.library import forget
 from mole_diffusion.png import read_parameters
@@ -84,13 +85,10 @@ def test_a_space_that_cannot_train_still_builds(settings: Settings) -> None:
     assert "ZeroGPU" in str(build_app(services).get_config_file())
 
 
-def test_visitors_of_a_space_are_told_apart(settings: Settings) -> None:
-    class Visit:
-        username = None
-        session_hash = "abc"
-
-    assert owner_of(settings, Visit()) == ""  # type: ignore[arg-type]
-    assert owner_of(replace(settings, space=True), Visit()) == "abc"  # type: ignore[arg-type]
+def test_before_zero_gpu_forks_no_thread_holds_a_lock(settings: Settings) -> None:
+    services = build_services(replace(settings, space=True, zero_gpu=True, warm_up=True))
+    services.start()
+    assert "mole-warm-up" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_an_upload_does_not_stay_in_the_cache(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
 from app.plan import Order, Subject, check, default_prompt
 from app.services import Services
+from app.sessions import Sessions
 from app.ui.stage import results, shot_html, status
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.png import read_parameters
@@ -68,6 +72,53 @@ def test_a_session_can_be_stopped(services: Services, order: Order) -> None:
     assert "Stopped" in status(session)
 
 
+def test_a_picture_that_waits_for_its_turn_can_be_stopped(services: Services, order: Order) -> None:
+    first = services.sessions.start([replace(order, steps=200)])
+    until(lambda: bool(first.shots[0].alignment))
+    second = services.sessions.start([order])
+    until(lambda: second.shots[0].note == "Waiting for the picture before")
+    second.cancel.set()
+    services.sessions.wait(second, 60)
+    assert second.shots[0].state == "cancelled"
+    assert not first.over, "it ends at once, not when its turn comes"
+    first.cancel.set()
+    services.sessions.wait(first, 60)
+
+
+def until(reached: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_on_zero_gpu_an_error_keeps_its_sentence(
+    services: Services, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lend(_seconds: object) -> Callable[[Callable], Callable]:
+        """As ZeroGPU does: what is yielded is pickled, and an exception loses its words."""
+
+        def decorate(function: Callable) -> Callable:
+            def lent(*arguments: object) -> Iterator[object]:
+                try:
+                    for update in function(*arguments):
+                        yield pickle.loads(pickle.dumps(update))
+                except Exception as error:
+                    raise RuntimeError("ZeroGPU worker error") from error
+
+            return lent
+
+        return decorate
+
+    monkeypatch.setattr("app.sessions.on_gpu", lend)
+    sessions = Sessions(services.generator, services.settings.data_dir / "images")
+    nameless = tuple(replace(subject, trigger="") for subject in order.subjects)
+    spans = replace(order, method="spans", subjects=nameless)
+    session = sessions.wait(sessions.start([spans, order]))
+    assert [shot.state for shot in session.shots] == ["failed", "done"]
+    assert "trigger" in session.shots[0].error
+
+
 def test_an_error_of_one_method_is_a_sentence_and_the_other_goes_on(services: Services, order: Order) -> None:
     nameless = tuple(replace(subject, trigger="") for subject in order.subjects)
     spans = replace(order, method="spans", subjects=nameless)
@@ -121,6 +172,6 @@ def test_words_of_a_user_are_escaped(services: Services, order: Order) -> None:
 
 def test_the_draft_names_every_subject_by_its_trigger(services: Services) -> None:
     entries = services.library.entries()
-    assert default_prompt(entries) == "a zwx bunny and a zwx robot on a beach"
+    assert default_prompt(entries) == "a zwx bunny and a zwx robot on a white background"
     assert default_prompt([]) == ""
     assert Subject.of(entries[0]).text == "a bunny"

@@ -25,6 +25,15 @@ def test_the_command_line_wins_over_the_environment(tmp_path: Path) -> None:
     assert (settings.port, settings.password) == (9000, "word")
 
 
+@pytest.mark.parametrize("word", ["here", "./here", "there/../here"])
+def test_a_relative_folder_is_the_same_for_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settings_from(["--data-dir", word], {}).data_dir == tmp_path / "here"
+    assert settings_from([], {"MOLE_DATA_DIR": word}).data_dir == tmp_path / "here"
+
+
 @pytest.mark.parametrize(
     ("host", "password", "is_open"),
     [("127.0.0.1", None, False), ("::1", None, False), ("localhost", None, False), ("0.0.0.0", None, True),

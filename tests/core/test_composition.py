@@ -48,6 +48,19 @@ def two_experts(pipe: Any, targets: tuple[str, ...] = EVERYTHING) -> list[Expert
     ]
 
 
+def networks(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def parameters(pipe: Any) -> list[torch.Tensor]:
+    return [parameter for part in networks(pipe).values() for parameter in part.parameters()]
+
+
+def whole_state(pipe: Any) -> dict[str, torch.Tensor]:
+    """Copies of all tensors, the text encoders' too."""
+    return {f"{n}.{k}": v.clone() for n, part in networks(pipe).items() for k, v in part.state_dict().items()}
+
+
 @torch.no_grad()
 def seen(pipe: Any, rows: int = 2) -> torch.Tensor:
     return run_unet(pipe, rows)
@@ -56,7 +69,7 @@ def seen(pipe: Any, rows: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("gate", GATES)
 def test_all_masked_is_the_base_and_detach_restores(pipe: Any, gate: str) -> None:
     before, image = seen(pipe), generate(pipe)
-    state = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    state = whole_state(pipe)
     grads = [parameter.requires_grad for parameter in pipe.unet.parameters()]
     composition = compose(pipe, two_experts(pipe), gate=GATES[gate])
     with composition:
@@ -71,7 +84,7 @@ def test_all_masked_is_the_base_and_detach_restores(pipe: Any, gate: str) -> Non
         assert torch.equal(seen(pipe), before)
         composition.unmask()
         assert torch.equal(generate(pipe), changed)
-    after = pipe.unet.state_dict()
+    after = whole_state(pipe)
     assert list(after) == list(state) and all(torch.equal(after[key], state[key]) for key in state)
     assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == grads
     assert "encode_prompt" not in pipe.__dict__
@@ -123,7 +136,7 @@ def test_training_starts_at_nla(pipe: Any, gate: str) -> None:
 
 
 def test_merged_is_unmerged_and_unmerge_is_exact(pipe: Any) -> None:
-    before = [parameter.clone() for parameter in pipe.unet.parameters()]
+    before, values = whole_state(pipe), [parameter.clone() for parameter in parameters(pipe)]
     experts = two_experts(pipe)
     composition = compose(pipe, experts, gate=StaticWeights((0.3, 0.9)))
     with composition:
@@ -134,9 +147,10 @@ def test_merged_is_unmerged_and_unmerge_is_exact(pipe: Any) -> None:
         masked = generate(pipe)
         composition.unmerge()
         torch.testing.assert_close(generate(pipe), masked, rtol=1e-5, atol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(before, pipe.unet.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(values, parameters(pipe), strict=True))
         composition.merge()
-    assert all(torch.equal(a, b) for a, b in zip(before, pipe.unet.parameters(), strict=True))
+    after = whole_state(pipe)
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
     collapsed = compose(pipe, experts, gate=StaticWeights((0.3, 0.9))).collapse()
     assert collapsed.ranks == {5: len(collapsed.modules)}
     with compose(pipe, [collapsed], gate=nla(1)):

@@ -113,6 +113,17 @@ def test_saved_expert_comes_back(pipe: Any, file_format: Any, tmp_path: Path) ->
     assert [found.name for found in path.parent.iterdir()] == ["r.safetensors"]
 
 
+@pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
+def test_a_stated_scale_is_applied_once(sd: Any, file_format: Any, tmp_path: Path) -> None:
+    expert = make_expert(sd, "robot", rank=4)
+    stated = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2, "r": 4, "lora_alpha": 2})}
+    first = Expert.load(save_expert(expert, tmp_path / "first.safetensors", metadata=stated))
+    second = Expert.load(save_expert(first, tmp_path / "second.safetensors", format=file_format))
+    assert "lora_adapter_metadata" in first.metadata and "lora_adapter_metadata" not in second.metadata
+    for key, pair in first.modules.items():
+        torch.testing.assert_close(second.modules[key].delta(), pair.delta())
+
+
 def test_saved_dtype_and_unknown_format(sd: Any, tmp_path: Path) -> None:
     expert = make_expert(sd, "robot")
     path = save_expert(expert, tmp_path / "r.safetensors", dtype=torch.float16)

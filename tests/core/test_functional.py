@@ -42,6 +42,12 @@ def test_renormalise_keeps_the_total() -> None:
     assert not mole.renormalise(torch.tensor([0.0, 1.0]), torch.tensor([True, False])).any()
 
 
+def test_one_lora_minus_another_is_no_zero() -> None:
+    weights = torch.tensor([1.0, -1.0, 0.0])
+    assert torch.equal(mole.renormalise(weights, torch.ones(3, dtype=torch.bool)), weights)
+    assert torch.equal(mole.renormalise(weights, torch.tensor([True, True, False])), weights)
+
+
 def test_temperature_sharpens() -> None:
     logits = torch.tensor([1.0, 0.0])
     assert mole.softmax_gate(logits, 0.1)[0] > 0.999 and abs(mole.softmax_gate(logits, 100.0)[0] - 0.5) < 0.01

@@ -116,6 +116,15 @@ def test_another_base(sd: Any, tmp_path: Path) -> None:
         compose(sd, composition.experts, base=Base(make_sdxl()))
 
 
+def test_gates_of_another_prediction_type(sd: Any, tmp_path: Path) -> None:
+    trained, used = Base(sd), Base(sd)
+    trained.prediction_type, used.prediction_type = "v_prediction", "epsilon"  # type: ignore[attr-defined]
+    path = compose(sd, stored(sd, tmp_path), base=trained).save(tmp_path / "c.safetensors")
+    assert load_composition(path, sd, tmp_path, trained).names == ("robot", "bunny")
+    with pytest.raises(BaseMismatch, match="predicts v_prediction, tiny predicts epsilon"):
+        load_composition(path, sd, tmp_path, used)
+
+
 def content(**changes: Any) -> dict[str, Any]:
     experts = [{"name": "a", "sha256": "0", "trigger": None, "role": "subject"}]
     return {"base": None, "experts": experts, "gate": {"kind": "learned"}, "recipe": {}, **changes}

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mole_diffusion.bases import get_base
 from mole_diffusion.errors import InvalidRequest
 from tests.tiny import cut_out as shape
-from training.base.scenes import COLOURS, PLACES
+from training.base.scenes import COLOURS, EXTENTS, GRID, PLACES
 from training.data.backgrounds import background, random_background
 from training.data.masks import border_saliency, choose_mask, cut_out, plausible, rough_mask, threshold
 from training.data.paste import Placement, fit, paste, to_tensor
@@ -191,3 +192,13 @@ def test_saliency_that_contradicts_attention_is_not_used() -> None:
 def test_pictures_become_tensors_in_unit_range() -> None:
     tensor = to_tensor(Image.new("RGB", (4, 2), (255, 0, 51)))
     assert tensor.shape == (3, 2, 4) and torch.allclose(tensor[:, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+
+
+def test_demo_collages_stay_where_the_demo_base_draws(cutouts: list[list[Image.Image]]) -> None:
+    config = CollageConfig.of(get_base("demo"), single=0)
+    assert not config.flip and CollageConfig.of(get_base("sd21"), single=0) == CollageConfig(single=0)
+    for seed in range(10):
+        scene = make_scene(cutouts[:2], PHRASES[:2], SIZE, np.random.default_rng(seed), config)
+        assert all(place * SIZE % GRID == 0 for place in scene.places)
+        tall = max(int(torch.where(scene.masks[n] > 0.5)[0].diff().abs().sum()) for n in scene.named)
+        assert tall <= EXTENTS[2] * SIZE + 1

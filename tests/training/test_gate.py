@@ -207,6 +207,7 @@ def test_pools_of_different_seeds_differ(base_folders: dict[str, Path]) -> None:
         ({"alpha": -1.0}, "alpha is between"),
         ({"lr": 0.0}, "lr is between"),
         ({"granularity": "block"}, "Unknown setting"),
+        ({"method": "static", "scope": "token"}, "Static weights have no scope"),
         ({"experts": [{"sha256": "0", "name": "a", "path": "x"}]}, "Unknown setting 'path'"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mole_diffusion.errors import InvalidRequest
@@ -83,6 +84,19 @@ def test_cutouts_are_augmented_on_backgrounds_named_in_captions() -> None:
     assert all(caption.startswith("a zwx robot") for caption in captions)
     red = [(item.picture[0] - item.picture[1] > 0.5).float().mean() for item in made]
     assert min(red) > 0.03
+
+
+def test_demo_subjects_stand_where_demo_things_stand() -> None:
+    square = Image.new("RGBA", (32, 32), "red")
+    square.putalpha(255)
+    square.putpixel((0, 0), (0, 0, 0, 0))
+    for seed in range(12):
+        made = augment(square, "zwx robot", 64, np.random.default_rng(seed), on_slots=True)
+        red = made.picture[0] - made.picture[1:].amax(0) > 0.9
+        if red.sum() > 60:  # not on a red background
+            rows, columns = (torch.where(red.any(axis))[0] for axis in (1, 0))
+            assert len(rows) in range(27, 31) or len(rows) in range(42, 46)
+            assert all(abs((float(side.float().mean()) + 0.5) / 8 % 1 - 0.5) > 0.35 for side in (rows, columns))
 
 
 def test_photos_are_cropped_and_mirrored_only_if_allowed() -> None:

@@ -10,7 +10,7 @@ from training.base import autoencoder, clip, diffusion
 from training.base.fastconv import small_maps_as_products
 from training.base.judge import Judge
 from training.base.quality import measure, protocol, real_scenes
-from training.base.scenes import BACKGROUNDS, compose_scene
+from training.base.scenes import BACKGROUNDS, background_phrase, compose_scene
 from training.base.stage import Budget, Stage
 
 
@@ -126,3 +126,22 @@ def test_quality_lies_between_floor_and_ceiling(things):
     report = measure(judge, singles, real, real)
     assert report["share"] == pytest.approx(1) and report["floor"] < report["ceiling"]
     assert measure(judge, pairs, real_scenes(pairs, things, 64), real_scenes(pairs, things, 64))["cases"] == len(pairs)
+
+
+def test_most_contrastive_batches_come_from_few_backgrounds():
+    captions = [f"a cat {background_phrase(ground)}" for ground in BACKGROUNDS for _ in range(5)]
+    grounds = clip._by_ground(captions)
+    assert sorted(np.concatenate(list(grounds.values())).tolist()) == list(range(len(captions)))
+    shown = [len({captions[i] for i in clip._alike(grounds, 60, np.random.default_rng(seed))}) for seed in range(60)]
+    assert shown.count(1) > 15 and shown.count(2) > 5 and max(shown) > 10
+
+
+def test_a_frozen_text_encoder_reads_each_caption_once():
+    torch.manual_seed(0)
+    unet = diffusion.build(64, 4, (16, 16))
+    model = diffusion.Conditioned(unet, clip.text_encoder(clip.build(64, 16), 16), 16)
+    remembered = diffusion._Remembered(model)
+    hidden = remembered(["a cat", "an owl", "a cat"])
+    with torch.no_grad():
+        torch.testing.assert_close(hidden[1:], model.encode(["an owl", "a cat"]), atol=1e-2, rtol=1e-2)
+    assert torch.equal(hidden[0], hidden[2]) and len(remembered._known) == 2

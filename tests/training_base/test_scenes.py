@@ -8,6 +8,7 @@ from training.base.scene_pool import SHARD, ScenePool, write_shard
 from training.base.scenes import (
     BACKGROUNDS,
     COLOURS,
+    GRID,
     PLACES,
     caption_of,
     compose_scene,
@@ -80,3 +81,13 @@ def test_pool_takes_up_new_shards_once(things, tmp_path, monkeypatch):
     (tmp_path / "00001.npy").write_bytes(b"half a shard")
     assert pool.refresh() == [] and len(pool.captions) == 8
     assert pool.take(np.array([3])).shape == (1, 32, 32, 3) and SHARD > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_thing_has_one_latent_picture(things, count):
+    names = list(things)[:count]
+    scenes = [compose_scene(things, names, "white", 128, np.random.default_rng(seed)) for seed in range(12)]
+    for index in range(count):
+        boxes = np.array([scene.things[index].box for scene in scenes])
+        assert len({(right - left, bottom - top) for left, top, right, bottom in boxes.tolist()}) == 1
+        assert ((boxes - boxes[0]) % GRID == 0).all() and len(np.unique(boxes, axis=0)) <= count

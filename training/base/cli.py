@@ -155,7 +155,8 @@ def _decoder(world: _World) -> None:
 def _clip(world: _World) -> None:
     model = clip.build(world.args.size, CONTEXT)
     if world.args.warm_start:
-        model.load_state_dict(load_file(world.args.warm_start / "clip" / "open_clip_model.safetensors"))
+        shipped = load_file(world.args.warm_start / "clip" / "open_clip_model.safetensors")
+        model.load_state_dict({k: v for k, v in shipped.items() if not k.startswith("visual")}, strict=False)
     budget = Budget(steps=10**6, minutes=world.args.minutes_clip, lr=1e-3, ema=0.99)
     clip.train(model, world.pool(), CONTEXT, budget, world.work, world.args.device, world.args.seed)
 
@@ -170,13 +171,15 @@ def _parts(world: _World):
     if world.args.warm_start:
         folder = world.args.warm_start / "base"
         unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    if world.args.warm_start and found is None:
+        folder = world.args.warm_start / "base"
         encoder.load_state_dict(load_file(folder / "text_encoder" / "model.safetensors"), strict=False)
     return unet, encoder, scorer
 
 
 def _diffusion(world: _World) -> None:
     unet, encoder, _ = _parts(world)
-    budget = Budget(steps=10**6, minutes=world.args.minutes_diffusion, lr=6e-4, ema=0.998)
+    budget = Budget(steps=10**6, minutes=world.args.minutes_diffusion, lr=1e-3, ema=0.998)
     diffusion.train(unet, world.vae(), encoder, world.basis(), world.pool(), budget, world.work, world.args.device,
                     world.args.seed, CONTEXT, world.args.batch, not world.args.freeze_text)  # fmt: skip
 

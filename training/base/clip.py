@@ -7,6 +7,7 @@ did for Stable Diffusion 2.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from training.base.precision import autocast
 from training.base.scene_pool import ScenePool
-from training.base.scenes import BACKGROUNDS, article, background_phrase
+from training.base.scenes import BACKGROUNDS, GRID, article, background_phrase
 from training.base.stage import Budget, Stage
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -30,7 +32,8 @@ def config(size: int, context: int) -> dict[str, object]:
     """open_clip's model configuration."""
     return {
         "embed_dim": 192,
-        "vision_cfg": {"image_size": size, "patch_size": 8, "layers": 6, "width": 192, "head_width": 48},
+        # A residual network: from scratch, in minutes, a vision transformer learns next to nothing (LOG.md).
+        "vision_cfg": {"image_size": size, "layers": [1, 1, 1, 1], "width": 24, "head_width": 48},
         "text_cfg": {"context_length": context, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 4},
     }
 
@@ -66,14 +69,18 @@ def train(model: CLIP, pool: ScenePool, context: int, budget: Budget, folder: Pa
     """Symmetric contrastive loss over batches of the pool's scenes, with light pixel noise."""
     model.to(device)
     stage = Stage("clip", model, budget, folder, weight_decay=0.1)
+    grounds: dict[str, np.ndarray] = {}
 
     def loss(step: int, progress: float) -> Tensor:
-        if step % 100 == 0:
+        if step % 100 == 0 or not grounds:
             pool.refresh()
+            grounds.update(_by_ground(pool.captions))
         draw = np.random.default_rng((seed, step))
-        index = draw.integers(len(pool.captions), size=batch)
+        index = _alike(grounds, batch, draw)
         tokens = tokenise([vary_caption(pool.captions[i], pool.names[i], draw) for i in index], context)
         images = normalise(pool.take(index))
+        if draw.random() < progress:
+            images = _moved(images, draw)
         images = (images + torch.randn(images.shape) * float(draw.uniform(0, 0.12))).to(device)
         with autocast(device):
             image, text, scale = model(images, tokens.to(device))[:3]
@@ -84,9 +91,38 @@ def train(model: CLIP, pool: ScenePool, context: int, budget: Budget, folder: Pa
         target = torch.arange(batch, device=device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    stage.train(loss)
+    # On CPUs the fused attention's backward pass takes twice the time of the plain one.
+    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
+        stage.train(loss)
     stage.use_average()
     return model
+
+
+def _by_ground(captions: list[str]) -> dict[str, np.ndarray]:
+    """Numbers of the captions by the background that they name."""
+    found: dict[str, list[int]] = {ground: [] for ground in BACKGROUNDS}
+    ends = {background_phrase(ground): ground for ground in BACKGROUNDS}
+    for number, caption in enumerate(captions):
+        found[next(ground for end, ground in ends.items() if caption.endswith(end))].append(number)
+    return {ground: np.array(numbers) for ground, numbers in found.items() if numbers}
+
+
+def _alike(grounds: dict[str, np.ndarray], batch: int, draw: np.random.Generator) -> np.ndarray:
+    """Numbers of a batch's scenes, most batches from one or two backgrounds only.
+
+    Else the background alone tells most of a batch apart, and for long nothing is learned about things (LOG.md).
+    """
+    few = int(draw.choice([1, 2, len(grounds)], p=[0.5, 0.25, 0.25]))
+    chosen = draw.choice(list(grounds), min(few, len(grounds)), replace=False)
+    return draw.choice(np.concatenate([grounds[str(ground)] for ground in chosen]), batch)
+
+
+def _moved(images: Tensor, draw: np.random.Generator) -> Tensor:
+    """The batch shifted by up to half a patch of the scenes' grid, edges repeated: subjects stand off the grid."""
+    reach = GRID // 2
+    x, y = draw.integers(0, 2 * reach + 1, 2)
+    size = images.shape[-1]
+    return F.pad(images, (reach,) * 4, mode="replicate")[..., y : y + size, x : x + size]
 
 
 def save(model: CLIP, folder: Path, size: int, context: int) -> None:

@@ -36,9 +36,12 @@ def view_pool(
     latents, captions = [], []
     for start in range(0, count, BATCH):
         made = [
-            augment(subject.views[number % len(subject.views)], subject.phrase, size, _rng(seed, number), flip=flip)
+            augment(
+                subject.views[number % len(subject.views)], subject.phrase, size, _rng(seed, number), flip=flip,
+                on_slots=base.family == "demo",
+            )
             for number in range(start, min(start + BATCH, count))
-        ]
+        ]  # fmt: skip
         latents.append(to_latents(pipe, base, torch.stack([item.picture for item in made])))
         captions += [item.caption for item in made]
     return ViewPool(torch.cat(latents), tuple(captions))

@@ -94,8 +94,11 @@ def training_command(job_id: str, data_dir: Path) -> list[str]:
 class LocalExecutor:
     """Runs :func:`training_command` (or another command, for tests) at a lower priority, without secrets."""
 
-    def __init__(self, command: Callable[[str, Path], Sequence[str]] = training_command) -> None:
-        self.command = command
+    def __init__(
+        self, command: Callable[[str, Path], Sequence[str]] = training_command, device: str | None = None
+    ) -> None:
+        """``device``: where jobs train; None or "auto" = the best there is."""
+        self.command, self.device = command, device
 
     def start(self, job_id: str, data_dir: Path) -> LocalProcess:
         """Start the child in its own session; its output is appended to the job's log.txt."""
@@ -108,7 +111,7 @@ class LocalExecutor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=REPOSITORY,
-                env=child_environment(),
+                env=child_environment() | ({"MOLE_DEVICE": self.device} if self.device else {}),
                 start_new_session=True,
             )
         with contextlib.suppress(psutil.Error):

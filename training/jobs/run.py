@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from mole_diffusion.bases import assets_dir
 from mole_diffusion.errors import InvalidRequest, MoleError
@@ -23,6 +26,7 @@ from training.loop import Outcome, Schedule, Task, run
 from training.tasks.gate import ExpertEntry, GateTrainingConfig
 from training.tasks.subject import SubjectConfig
 
+from .executor import LocalExecutor
 from .store import Job, JobStore, check_id, job_folder
 
 HEARTBEAT = 5.0  # seconds
@@ -100,6 +104,10 @@ def run_job(data_dir: Path, job_id: str) -> int:
     job = store.get(check_id(job_id))
     if job.state != "running":
         raise InvalidRequest(f"Job {job_id} is {job.state}; the worker starts jobs, after taking them from the queue.")
+    if job.pid not in (None, os.getpid()) and LocalExecutor().adopt(job.pid, job.pid_started or 0.0) is not None:
+        raise InvalidRequest(f"Job {job_id} already runs in process {job.pid}.")
+    # The worker writes this too, but may be killed before it does: a job without a process would be started again.
+    store.set_process(job_id, os.getpid(), psutil.Process().create_time())
     folder = job_folder(data_dir, job_id)
     sink, control = DatabaseSink(store, job_id, folder), DatabaseControl(store, job_id)
     with _Heartbeat(store, job_id), _stop_on_sigterm(control.signalled):

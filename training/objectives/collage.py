@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mole_diffusion.bases import Base
 from mole_diffusion.errors import InvalidRequest
-from training.base.scenes import article
+from training.base.scenes import EXTENTS, article, slots, snap
 from training.data.backgrounds import random_background
 from training.data.paste import Placement, fit, paste, to_tensor
 from training.data.subjects import Subject
@@ -41,6 +41,15 @@ class CollageConfig:
     """Of a subject's area, whatever covers it or cuts it off."""
     flip: bool = True
     """Mirror half of the cut-outs."""
+    on_slots: bool = False
+    """Subjects stand exactly where things of the demo world stand; sizes and places are not drawn."""
+
+    @classmethod
+    def of(cls, base: Base, **changes: Any) -> CollageConfig:
+        """The defaults for a base: the demo base has seen few places and sizes, and nothing mirrored."""
+        if base.family == "demo":
+            changes = {"on_slots": True, "flip": False, **changes}
+        return cls(**changes)
 
 
 @dataclass(frozen=True)
@@ -104,9 +113,10 @@ def make_pool(
     seed: int,
     *,
     size: int | None = None,
-    config: CollageConfig = CollageConfig(),
+    config: CollageConfig | None = None,
 ) -> ScenePool:
     """``count`` scenes, encoded. The same seed gives the same scenes; other seeds give others."""
+    config = config or CollageConfig.of(base)
     cutouts = [subject_cutouts(subject) for subject in subjects]
     phrases = [subject.phrase for subject in subjects]
     side = size or base.resolution
@@ -192,9 +202,13 @@ def _arrange(
     layers, areas, places = [], [], []
     for number, slot in zip(chosen, rng.permutation(count), strict=True):
         view = cutouts[number][int(rng.integers(len(cutouts[number])))]
-        scale = float(rng.uniform(*config.scales)) * min(1.25, (2 / count) ** 0.7)
-        x = float((slot + 0.5) / count + rng.uniform(-0.225, 0.225) / count)
-        y = float(0.5 + rng.uniform(-0.5, 0.5) * max(1 - scale * view.height / max(view.size), 0.1))
+        if config.on_slots and count in EXTENTS:
+            x, y, scale = slots(count)[slot]
+        else:
+            scale = float(rng.uniform(*config.scales)) * min(1.25, (2 / count) ** 0.7)
+            x = float((slot + 0.5) / count + rng.uniform(-0.225, 0.225) / count)
+            y = float(0.5 + rng.uniform(-0.5, 0.5) * max(1 - scale * view.height / max(view.size), 0.1))
+        x, y = snap(x, size), snap(y, size)
         mirrored = bool(config.flip and rng.random() < 0.5)
         whole = fit(view, size, Placement(0.5, 0.5, scale, mirrored))
         layers.append(fit(view, size, Placement(x, y, scale, mirrored, float(rng.uniform(0.2, 0.8)))))

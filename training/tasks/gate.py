@@ -89,6 +89,8 @@ class GateTrainingConfig:
         for name, low, high in (("batch", 1, 64), ("lr", 1e-8, 1.0), ("resolution", 8, 2048)):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low, high)
+        looks = (self.scope, self.scale, self.gain) != ("sample", "softmax", False)
+        check(self.method == "learned" or not looks, "Static weights have no scope, scale or gain; leave them out.")
 
     def gate(self, count: int) -> AnyGate:
         """What to compose ``count`` experts with."""
@@ -242,8 +244,9 @@ class GateTask:
         config = self.config
         seed = config.seed + VALIDATION_STREAM
         return make_pool(
-            self.pipe, self.base, self.subjects, config.validation, seed, size=self.size, config=CollageConfig(single=0)
-        )
+            self.pipe, self.base, self.subjects, config.validation, seed, size=self.size,
+            config=CollageConfig.of(self.base, single=0),
+        )  # fmt: skip
 
     def _encode(self) -> EncodedPrompts:
         texts = [*self.pool.prompts, *(self.held_out.prompts if self.held_out else ())]

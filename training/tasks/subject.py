@@ -62,8 +62,8 @@ class SubjectConfig:
     """Of a training step; None: bfloat16 for full-size bases on a GPU, else float32. Weights train in float32."""
     snr_gamma: float | None = None
     """γ of min-SNR weighting (arXiv 2303.09556); None: plain mean."""
-    flip: bool = True
-    """Mirror half of the pictures; switch it off for a subject with a left and a right."""
+    flip: bool | None = None
+    """Mirror half of the pictures; off for a subject with a left and a right. None: on, but off for the demo base."""
     pool: int = 256
     """Different augmented pictures that are encoded before the first step."""
     prior_pictures: int = 0
@@ -115,7 +115,8 @@ class SubjectTask:
         self.precision: Precision = choose_precision(config.precision, base, self.device)
         size = config.resolution or base.resolution
         base.latent_shape(size, size)
-        self.pool = view_pool(pipe, base, subject, size, config.pool, config.seed, flip=config.flip)
+        flip = base.family != "demo" if config.flip is None else config.flip
+        self.pool = view_pool(pipe, base, subject, size, config.pool, config.seed, flip=flip)
         self.prior = self._prior(size)
         captions = [*self.pool.captions, *(self.prior.captions if self.prior else ())]
         self.prompts = EncodedPrompts(base, pipe, captions, size)
