@@ -108,7 +108,7 @@ class Generator:
             present = [subject for subject in order.subjects if subject.name not in order.left_out]
             labels, identity = self._identity(result.images, present, alignment)
         parameters = [
-            {**result.parameters_of(index), **_record(order, base), "identity": _noted(found, labels.get("identity"))}
+            {**result.parameters_of(index), "method": order.method, "identity": _noted(found, labels.get("identity"))}
             for index, found in enumerate(identity)
         ]
         return Rendered(list(result.images), list(result.scores), identity, parameters, labels, unscored)
@@ -210,12 +210,6 @@ def _request(order: Order) -> GenerationRequest:
         count=order.count,
         subjects=tuple(SubjectPrompt(subject.name, subject.text) for subject in order.subjects),
     )
-
-
-def _record(order: Order, base: Base) -> dict[str, Any]:
-    """What a PNG says beside the request; a base in a local folder is named without the folder's path."""
-    name = Path(base.name).name
-    return {"base": name, "source": name if base.is_local else base.source, "method": order.method}
 
 
 def _check_cancel(cancel: threading.Event | None) -> None:

@@ -246,7 +246,7 @@ def _parameters(
         "schema": 1,
         # Pictures are shared: a folder is named, its path is nobody's business.
         "base": Path(base.name).name,
-        "source": Path(base.source).name if Path(base.source).is_dir() else base.source,
+        "source": Path(base.name).name if base.is_local else base.source,
         "revision": base.revision,
         "prompt": request.prompt,
         "negative": request.negative,

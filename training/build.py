@@ -52,7 +52,8 @@ def load_base(name: str, precision: str | None) -> tuple[Base, Any]:
 
 def device_asked_for() -> str | None:
     """The device that the user named (the page and the commands say so in MOLE_DEVICE), None for the best one."""
-    return {"": None, "auto": None}.get(name := os.environ.get("MOLE_DEVICE", ""), name)
+    name = os.environ.get("MOLE_DEVICE", "")
+    return None if name in ("", "auto") else name
 
 
 def build_subject(config: SubjectConfig, images: Path) -> SubjectTask:

@@ -155,8 +155,7 @@ def _decoder(world: _World) -> None:
 def _clip(world: _World) -> None:
     model = clip.build(world.args.size, CONTEXT)
     if world.args.warm_start:
-        shipped = load_file(world.args.warm_start / "clip" / "open_clip_model.safetensors")
-        model.load_state_dict({k: v for k, v in shipped.items() if not k.startswith("visual")}, strict=False)
+        model.load_state_dict(load_file(world.args.warm_start / "clip" / "open_clip_model.safetensors"))
     budget = Budget(steps=10**6, minutes=world.args.minutes_clip, lr=1e-3, ema=0.99)
     clip.train(model, world.pool(), CONTEXT, budget, world.work, world.args.device, world.args.seed)
 
@@ -168,11 +167,9 @@ def _parts(world: _World):
         scorer.load_state_dict(load_file(found))
     unet = diffusion.build(world.args.size, world.args.channels, tuple(world.args.widths))
     encoder = clip.text_encoder(scorer, CONTEXT)
-    if world.args.warm_start:
+    if world.args.warm_start:  # both or none: a denoiser reads the text encoder that it was trained with
         folder = world.args.warm_start / "base"
         unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
-    if world.args.warm_start and found is None:
-        folder = world.args.warm_start / "base"
         encoder.load_state_dict(load_file(folder / "text_encoder" / "model.safetensors"), strict=False)
     return unet, encoder, scorer
 

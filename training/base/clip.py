@@ -32,7 +32,7 @@ def config(size: int, context: int) -> dict[str, object]:
     """open_clip's model configuration."""
     return {
         "embed_dim": 192,
-        # A residual network: from scratch, in minutes, a vision transformer learns next to nothing (LOG.md).
+        # A residual network: half the time of a vision transformer's step on a CPU (LOG.md).
         "vision_cfg": {"image_size": size, "layers": [1, 1, 1, 1], "width": 24, "head_width": 48},
         "text_cfg": {"context_length": context, "vocab_size": 49408, "width": 192, "heads": 4, "layers": 4},
     }

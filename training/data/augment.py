@@ -18,7 +18,6 @@ from .subjects import crop_to_mask
 SCALES = (0.4, 0.85)
 """Longer side of a cut-out as a fraction of the picture."""
 
-
 BARE = 0.1
 """Chance of a caption that does not name the background."""
 
