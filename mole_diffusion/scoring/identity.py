@@ -7,10 +7,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.scoring.alignment import AlignmentScorer
+
+_TOGETHER = 16
 
 
 class IdentityScorer(Protocol):
@@ -66,17 +69,33 @@ class EfficientNetIdentity:
             raise InvalidRequest(f"Expected a size in multiples of 32 pixels, got {size}.")
         self.size = size
         self._device = torch.device(device)
-        self._model = _efficientnet().requires_grad_(False).eval().to(self._device)
+        model = _fused(_efficientnet().requires_grad_(False).eval())
+        self._model = model.to(self._device, memory_format=torch.channels_last)
 
     def embed(self, images: Tensor) -> Tensor:
         """See ``IdentityScorer.embed``."""
         resized = images.to(self._device, torch.float32)
         if tuple(resized.shape[-2:]) != (self.size, self.size):
             resized = F.interpolate(resized, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        # The Lite models were trained on (pixel − 127) / 128.
+        pixels = ((resized * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            # The Lite models were trained on (pixel − 127) / 128.
-            features = self._model.extract_features((resized * 255 - 127) / 128)
-            return F.normalize(features.mean(dim=(2, 3)), dim=-1).cpu()
+            # A processor is twice as fast on parts that stay in its cache.
+            parts = pixels.split(_TOGETHER if self._device.type == "cpu" else max(1, len(pixels)))
+            features = torch.cat([self._model.extract_features(part).mean(dim=(2, 3)) for part in parts])
+            return F.normalize(features, dim=-1).cpu()
+
+
+def _fused(model: Any) -> Any:
+    """Every batch norm folded into the convolution before it; the same numbers in fewer passes over memory."""
+    pairs = [(model, "_conv_stem", "_bn0"), (model, "_conv_head", "_bn1")]
+    for block in model._blocks:
+        pairs += [(block, "_expand_conv", "_bn0")] if hasattr(block, "_expand_conv") else []
+        pairs += [(block, "_depthwise_conv", "_bn1"), (block, "_project_conv", "_bn2")]
+    for owner, conv, norm in pairs:
+        setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
+        setattr(owner, norm, nn.Identity())
+    return model
 
 
 def _efficientnet() -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from training.base import autoencoder, clip, diffusion
 from training.base.fastconv import small_maps_as_products
 from training.base.judge import Judge
+from training.base.muon import MATRIX_RATE, MuonAdamW
 from training.base.quality import measure, protocol, real_scenes
 from training.base.scenes import BACKGROUNDS, background_phrase, compose_scene
 from training.base.stage import Budget, Stage
@@ -85,12 +86,13 @@ def test_the_scheduler_never_clips_latents_and_ends_in_pure_noise():
     assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
 
 
-def test_an_interrupted_stage_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_interrupted_stage_goes_on_where_it_was(tmp_path, muon):
     def run(folder, stops):
         torch.manual_seed(0)
         model = nn.Linear(4, 2)
         for steps in stops:
-            stage = Stage("toy", model, Budget(steps=10, minutes=60, lr=0.1), folder)
+            stage = Stage("toy", model, Budget(steps=10, minutes=60, lr=0.1), folder, muon=muon)
 
             def loss(step, progress, stage=stage, steps=steps, model=model):
                 if step == steps:
@@ -107,6 +109,24 @@ def test_an_interrupted_stage_goes_on_where_it_was(tmp_path):
 
     whole, parts = run(tmp_path / "a", [99]), run(tmp_path / "b", [4, 99])
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_turns_a_kernel_as_its_matrix_whatever_the_layout(layout):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(6, 5, 3, 3), torch.randn(6, 5, 3, 3)
+    kernel = nn.Parameter(weight.clone(memory_format=layout))
+    optimiser = MuonAdamW([{"params": [kernel], "weight_decay": 0.01, "lr": 0.1}], (0.9, 0.99))
+    kernel.grad = gradient.contiguous(memory_format=torch.channels_last)
+    optimiser.step()
+    matrix = nn.Parameter(weight.flatten(1).clone())
+    plain = torch.optim.Muon([matrix], lr=0.1 * MATRIX_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    matrix.grad = gradient.flatten(1).clone()
+    plain.step()
+    # Newton and Schulz run in bf16, so another order of columns rounds otherwise.
+    torch.testing.assert_close(kernel.flatten(1), matrix, atol=2e-3, rtol=0)
+    optimiser.zero_grad()
+    assert kernel.grad is None
 
 
 class _Colours:

@@ -97,7 +97,7 @@ def train(unet: UNet2DConditionModel, vae: AutoencoderKL, encoder: CLIPTextModel
         unet.set_attn_processor(AttnProcessor())
     encoder.requires_grad_(train_text)
     model = Conditioned(unet, encoder, context).to(device)
-    stage = Stage("diffusion", model, budget, folder, rates={"text_encoder.": TEXT_RATE})
+    stage = Stage("diffusion", model, budget, folder, rates={"text_encoder.": TEXT_RATE}, muon=True)
     shards: list[Tensor] = []
     encode = model.encode if train_text else _Remembered(model)
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mole_diffusion.errors import InvalidRequest
+from training.base.muon import MuonAdamW
 
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 240
@@ -52,8 +54,11 @@ class Stage:
     """Trains ``model`` on ``loss(step, progress) -> Tensor`` until the budget is used; resumes from ``folder``."""
 
     def __init__(self, name: str, model: nn.Module, budget: Budget, folder: Path, weight_decay: float = 0.01,
-                 rates: Mapping[str, float] | None = None) -> None:  # fmt: skip
-        """``rates`` gives parameters whose names start with a prefix a fraction of the learning rate."""
+                 rates: Mapping[str, float] | None = None, muon: bool = False) -> None:  # fmt: skip
+        """``rates`` gives parameters whose names start with a prefix a fraction of the learning rate.
+
+        ``muon`` updates maps between features by Muon instead of AdamW.
+        """
         self.name, self.model, self.budget, self.folder = name, model, budget, folder / name
         # Embeddings of words that were never seen must not decay to nothing: they are tomorrow's triggers.
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -64,10 +69,10 @@ class Stage:
                 decays = parameter.ndim > 1 and id(parameter) not in embeddings
                 groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
         self._rates = [rate for rate, _ in groups]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": members, "weight_decay": decay} for (_, decay), members in groups.items()],
-            lr=budget.lr, betas=(0.9, 0.99), fused=True,
-        )  # fmt: skip
+        listed = [{"params": members, "weight_decay": decay, "lr": budget.lr} for (_, decay), members in groups.items()]
+        self.optimiser: Any = (
+            MuonAdamW(listed, (0.9, 0.99)) if muon else torch.optim.AdamW(listed, betas=(0.9, 0.99), fused=True)
+        )
         self.ema = {key: value.detach().clone() for key, value in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
 
@@ -75,7 +80,7 @@ class Stage:
         """Run to the end of the budget; logs every 50 steps, saves (and samples) every ``SAVE_SECONDS``."""
         self._resume()
         self.model.train()
-        started, saved, mean = time.monotonic() - self.seconds, time.monotonic(), 0.0
+        started, saved, mean = time.monotonic() - self.seconds, time.monotonic(), math.nan
         while (progress := self.budget.progress(self.step, self.seconds)) < 1.0:
             for group, factor in zip(self.optimiser.param_groups, self._rates, strict=True):
                 group["lr"] = self.budget.rate(progress) * factor
@@ -92,7 +97,7 @@ class Stage:
             self._average()
             self.step += 1
             self.seconds = time.monotonic() - started
-            mean = value.item() if self.step == 1 else 0.98 * mean + 0.02 * value.item()
+            mean = value.item() if math.isnan(mean) else 0.98 * mean + 0.02 * value.item()
             if self.step % 50 == 0:
                 share = 100 * progress
                 logger.info("%s step %d loss %.4f, %.0f s, %.0f %%", self.name, self.step, mean, self.seconds, share)
@@ -138,7 +143,8 @@ class Stage:
             for key, value in state.items()
         }
         save_file(contiguous(moments), temporary / "optimiser.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
+        clock = {"step": self.step, "seconds": self.seconds, "optimiser": type(self.optimiser).__name__}
+        (temporary / "state.json").write_text(json.dumps(clock))
         final, old = self.folder / "checkpoint", self.folder / "checkpoint.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -153,12 +159,13 @@ class Stage:
             return
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
         self.ema = load_file(folder / "ema.safetensors")
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimiser.safetensors").items():
-            index, field = key.split(".", 1)
-            state.setdefault(int(index), {})[field] = value
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         clock = json.loads((folder / "state.json").read_text())
         self.step, self.seconds = clock["step"], clock["seconds"]
+        if clock.get("optimiser") == type(self.optimiser).__name__:  # another's moments mean nothing to this one
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in load_file(folder / "optimiser.safetensors").items():
+                index, field = key.split(".", 1)
+                state.setdefault(int(index), {})[field] = value
+            groups = self.optimiser.state_dict()["param_groups"]
+            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
         logger.info("%s resumes at step %d", self.name, self.step)
