@@ -62,6 +62,12 @@ def test_relations_in_captions_are_true(cutouts: list[list[Image.Image]]) -> Non
         assert (" left of " in scene.prompt) == left and (" right of " in scene.prompt) != left
 
 
+def test_on_slots_the_first_in_the_prompt_stands_left(cutouts: list[list[Image.Image]]) -> None:
+    drawn = scenes(cutouts, 40, single=0.0, relation=0.5, on_slots=True)
+    assert all(scene.places == tuple(sorted(scene.places)) and " right of " not in scene.prompt for scene in drawn)
+    assert 0.2 < np.mean([scene.named[0] == 0 for scene in drawn]) < 0.8
+
+
 def test_masks_are_disjoint_visible_parts(cutouts: list[list[Image.Image]]) -> None:
     for scene in scenes(cutouts, 30, 3, single=0.0):
         assert scene.masks.min() >= 0 and scene.masks.sum(0).max() <= 1 + 1e-5

@@ -2,7 +2,7 @@
 
 A scene's truth is known without a scorer: which subject is where, and what the prompt should say. Order in the
 prompt, place, size, depth and background are drawn independently of each other, so that gates cannot learn
-"first in the prompt = left", nor a pasted edge's halo.
+"first in the prompt = left", nor a pasted edge's halo. The demo base alone believes just that, and is left its belief.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class CollageConfig:
     flip: bool = True
     """Mirror half of the cut-outs."""
     on_slots: bool = False
-    """Subjects stand exactly where things of the demo world stand; sizes and places are not drawn."""
+    """Subjects stand where things of the demo world stand, in the order of the prompt, which is all its base knows."""
 
     @classmethod
     def of(cls, base: Base, **changes: Any) -> CollageConfig:
-        """The defaults for a base: the demo base has seen few places and sizes, and nothing mirrored."""
+        """The defaults for a base: the demo base has seen few places and sizes, one order, and nothing mirrored."""
         if base.family == "demo":
             changes = {"on_slots": True, "flip": False, **changes}
         return cls(**changes)
@@ -90,6 +90,8 @@ def make_scene(
     masks = np.zeros((len(phrases), size, size), np.float32)
     masks[chosen] = draft.masks
     order = [int(number) for number in rng.permutation(len(chosen))]
+    if config.on_slots:
+        order.sort(key=draft.places.__getitem__)
     named = tuple(chosen[number] for number in order)
     places = tuple(draft.places[number] for number in order)
     related = len(named) == 2 and rng.random() < config.relation
