@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from mole_diffusion.errors import InvalidFile, InvalidRequest
+from mole_diffusion.scoring import identity
 from mole_diffusion.scoring.alignment import AlignmentScorer
 from mole_diffusion.scoring.identity import CentredIdentity, ClipIdentity, EfficientNetIdentity, IdentityScorer
 from mole_diffusion.scoring.views import PALETTE, Gallery, border_colours, frame, load_views, on_background
@@ -98,3 +100,12 @@ def test_a_gallery_prefers_the_background_of_the_picture(scorer: IdentityScorer,
     torch.testing.assert_close(same.flatten(), torch.ones(len(PALETTE)), atol=1e-4, rtol=0)
     with pytest.raises(InvalidRequest, match="one subject at least"):
         Gallery.build({}, scorer)
+
+
+def test_folded_norms_and_small_parts_change_no_number() -> None:
+    images = torch.rand(17, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pytest.importorskip("efficientnet_lite_pytorch")
+    plain = identity._efficientnet().eval()
+    with torch.no_grad():
+        expected = F.normalize(plain.extract_features((images * 255 - 127) / 128).mean((2, 3)), dim=-1)
+    torch.testing.assert_close(EfficientNetIdentity(size=64).embed(images), expected, atol=1e-5, rtol=0)

@@ -111,6 +111,18 @@ def test_an_interrupted_stage_goes_on_where_it_was(tmp_path, muon):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_what_is_frozen_has_no_average_but_what_it_is(tmp_path):
+    first, second = nn.Linear(4, 4), nn.Linear(4, 2)
+    model = nn.Sequential(first, second)
+    budget = Budget(steps=4, minutes=60, lr=0.1, ema=0.99)
+    Stage("toy", model, budget, tmp_path).train(lambda step, progress: model(torch.ones(1, 4)).square().mean())
+    first.requires_grad_(False)
+    longer = Stage("toy", model, Budget(steps=6, minutes=60, lr=0.1, ema=0.99), tmp_path, muon=True)
+    longer.train(lambda step, progress: model(torch.ones(1, 4)).square().mean())  # another optimiser: fresh moments
+    assert longer.step == 6 and torch.equal(longer.ema["0.weight"], first.weight)
+    assert not torch.equal(longer.ema["1.weight"], second.weight)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_turns_a_kernel_as_its_matrix_whatever_the_layout(layout):
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from training.base import autoencoder, clip, diffusion, judge, quality, subjects
 from training.base.autoencoder import PatchBasis
 from training.base.corpus import Cutout, load_extra, load_things
 from training.base.scene_pool import ScenePool, write_shard
+from training.base.scenes import WORLD
 from training.base.stage import Budget
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,12 @@ class _World:
     def work(self) -> Path:
         return self.args.work
 
+    @property
+    def scenes(self) -> Path:
+        return self.work / f"scenes-{WORLD}"
+
     def pool(self) -> ScenePool:
-        pool = ScenePool(self.work / "scenes")
+        pool = ScenePool(self.scenes)
         pool.refresh()
         if not pool.captions:
             raise InvalidRequest("There are no scenes yet: run the stage 'scenes' first.")
@@ -142,7 +147,7 @@ def _scenes(world: _World) -> None:
     from training.base.scene_pool import SHARD
 
     for index in range(-(-world.args.scenes // SHARD)):
-        write_shard(world.work / "scenes", index, world.things, world.args.size)
+        write_shard(world.scenes, index, world.things, world.args.size)
 
 
 def _decoder(world: _World) -> None:

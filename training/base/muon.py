@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mole_diffusion.errors import InvalidRequest
+
 MATRIX_RATE = 2.0
-"""Muon's rate as a multiple of AdamW's: its updates, scaled to 0.2 of the rate, are then as large as AdamW's."""
+"""Muon's rate as a multiple of AdamW's; an update's root mean square is 0.2 of Muon's rate."""
 
 
 class MuonAdamW:
@@ -42,6 +44,7 @@ class MuonAdamW:
     def step(self) -> None:
         """One update of all parameters at the groups' present rates."""
         for parameter, matrix in self._twins:
+            matrix.data = _matrix(parameter.data, parameter)  # a moved model has new memory
             matrix.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         for group, part in zip(self.param_groups, self._parts, strict=True):
             factor = MATRIX_RATE if isinstance(part, torch.optim.Muon) else 1.0
@@ -80,4 +83,7 @@ def _matrix(tensor: Tensor, weight: Tensor) -> Tensor:
     """``weight`` or its gradient as (O, I·h·w), in the order that needs no copy of the weight."""
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.reshape(tensor.shape[0], -1)
+    flat = tensor.reshape(tensor.shape[0], -1)
+    if tensor.data_ptr() == weight.data_ptr() != flat.data_ptr():
+        raise InvalidRequest(f"Muon needs weights that are contiguous or channels last, got strides {weight.stride()}.")
+    return flat

@@ -20,6 +20,8 @@ EXTENTS = {1: 0.69, 2: 0.45, 3: 0.31}
 GROUND = 0.6
 """Height of the things' centres, 0 = top."""
 
+WORLD = 2
+"""Rises whenever scenes are drawn otherwise, so that a training never mixes two worlds."""
 RELATIONS = (None, "left of", "right of")
 
 COLOURS: dict[str, tuple[int, int, int]] = {

@@ -73,12 +73,18 @@ class Stage:
         self.optimiser: Any = (
             MuonAdamW(listed, (0.9, 0.99)) if muon else torch.optim.AdamW(listed, betas=(0.9, 0.99), fused=True)
         )
+        count = sum(len(group["params"]) for group in listed)
+        self._moments = f"{type(self.optimiser).__name__} of {count}"
         self.ema = {key: value.detach().clone() for key, value in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
 
     def train(self, loss: Callable[[int, float], Tensor], sample: Callable[[Path], None] | None = None) -> None:
         """Run to the end of the budget; logs every 50 steps, saves (and samples) every ``SAVE_SECONDS``."""
         self._resume()
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                if not parameter.requires_grad:  # the rest learns with what it is now, not with its average
+                    self.ema[key].copy_(parameter)
         self.model.train()
         started, saved, mean = time.monotonic() - self.seconds, time.monotonic(), math.nan
         while (progress := self.budget.progress(self.step, self.seconds)) < 1.0:
@@ -143,7 +149,7 @@ class Stage:
             for key, value in state.items()
         }
         save_file(contiguous(moments), temporary / "optimiser.safetensors")
-        clock = {"step": self.step, "seconds": self.seconds, "optimiser": type(self.optimiser).__name__}
+        clock = {"step": self.step, "seconds": self.seconds, "optimiser": self._moments}
         (temporary / "state.json").write_text(json.dumps(clock))
         final, old = self.folder / "checkpoint", self.folder / "checkpoint.old"
         shutil.rmtree(old, ignore_errors=True)
@@ -158,10 +164,13 @@ class Stage:
         if not (folder / "state.json").exists():
             return
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
-        self.ema = load_file(folder / "ema.safetensors")
+        for key, value in load_file(folder / "ema.safetensors").items():
+            self.ema[key].copy_(value)
         clock = json.loads((folder / "state.json").read_text())
         self.step, self.seconds = clock["step"], clock["seconds"]
-        if clock.get("optimiser") == type(self.optimiser).__name__:  # another's moments mean nothing to this one
+        if clock.get("optimiser", self._moments) != self._moments:
+            logger.warning("%s: moments of %s mean nothing to %s", self.name, clock["optimiser"], self._moments)
+        else:
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in load_file(folder / "optimiser.safetensors").items():
                 index, field = key.split(".", 1)
