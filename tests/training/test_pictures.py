@@ -15,6 +15,7 @@ from mole_diffusion.errors import InvalidRequest
 from tests.tiny import cut_out
 from training.data.augment import augment
 from training.data.pictures import Limits, has_mask, read_picture, read_pictures
+from training.data.views import _columns
 
 
 def test_reads_cutouts_and_photos_by_name(tmp_path: Path) -> None:
@@ -96,6 +97,11 @@ def test_demo_subjects_stand_where_demo_things_stand() -> None:
         rows, columns = (torch.where(red.any(axis))[0] for axis in (1, 0))
         assert len(rows) in range(27, 31) or len(rows) in range(42, 46)
         assert all(abs((float(side.float().mean()) + 0.5) / 8 % 1 - 0.5) > 0.35 for side in (rows, columns))
+        low, high = made.counted
+        assert low <= (float(columns.float().mean()) + 0.5) / 64 <= high
+        assert (high - low == 0.5) == (len(rows) < 40) == (" and " in made.caption)
+        if high - low == 0.5:  # the order of the words is that of the places
+            assert made.caption.startswith("a zwx robot and ") == (low == 0)
 
 
 def test_photos_are_cropped_and_mirrored_only_if_allowed() -> None:
@@ -106,3 +112,8 @@ def test_photos_are_cropped_and_mirrored_only_if_allowed() -> None:
     assert plain[0].caption == "a photo of a zwx mug"
     mirrored = [augment(photo, "zwx mug", 32, np.random.default_rng(n)).picture[0, 0, 0].item() for n in range(16)]
     assert {0.0, 1.0} == set(mirrored)
+
+
+def test_half_of_a_picture_counts_as_much_as_a_whole_one() -> None:
+    assert _columns(8, (0.5, 1.0)).flatten().tolist() == [0, 0, 0, 0, 2, 2, 2, 2]
+    assert _columns(8, (0.0, 1.0)).flatten().tolist() == [1] * 8

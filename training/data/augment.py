@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from training.base.corpus import THING_NAMES
 from training.base.scenes import article, slots, snap
 
 from .backgrounds import random_background
@@ -22,12 +23,16 @@ BARE = 0.1
 """Chance of a caption that does not name the background."""
 
 
+WHOLE = (0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class Captioned:
-    """A training picture (3, H, W) in 0…1 and its caption."""
+    """A training picture (3, H, W) in 0…1, its caption, and the part of its width that the loss looks at."""
 
     picture: torch.Tensor
     caption: str
+    counted: tuple[float, float] = WHOLE
 
 
 def augment(
@@ -41,20 +46,24 @@ def augment(
 ) -> Captioned:
     """One training picture of ``size`` pixels: a cut-out on a random background, or a photo's centre.
 
-    ``on_slots``: the cut-out stands where things of the demo world stand, alone or as one of two.
+    ``on_slots``: the cut-out stands where things of the demo world stand, alone or as one of two. As one of two its
+    caption names another thing beside it that is not drawn, and only the subject's half counts: an expert that saw
+    the other half empty would learn to empty it, and two such experts erase each other (LOG.md).
     """
     mirrored = bool(flip and rng.random() < 0.5)
     if not has_mask(view):
         square = ImageOps.fit(view.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
         return Captioned(to_tensor(ImageOps.mirror(square) if mirrored else square), f"a photo of {article(phrase)}")
     cutout = crop_to_mask(view)
-    x, y, scale = _standing(rng) if on_slots else _anywhere(cutout, rng)
+    x, y, scale, words, counted = (
+        _standing(phrase, rng) if on_slots else (*_anywhere(cutout, rng), article(phrase), WHOLE)
+    )
     place = Placement(snap(x, size), snap(y, size), scale, mirrored, float(rng.uniform(0, 0.6)))
     layer = fit(cutout, size, place)
     background = random_background(size, rng)
     picture, _ = paste(background.picture, [layer])
     where = "" if rng.random() < BARE else f" {background.phrase}"
-    return Captioned(to_tensor(picture), article(phrase) + where)
+    return Captioned(to_tensor(picture), words + where, counted)
 
 
 def _anywhere(cutout: Image.Image, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -65,7 +74,10 @@ def _anywhere(cutout: Image.Image, rng: np.random.Generator) -> tuple[float, flo
     return x, y, scale
 
 
-def _standing(rng: np.random.Generator) -> tuple[float, float, float]:
-    """A slot of the demo world: (x, y, scale)."""
-    places = slots(1) if rng.random() < 0.5 else slots(2)
-    return places[int(rng.integers(len(places)))]
+def _standing(phrase: str, rng: np.random.Generator) -> tuple[float, float, float, str, tuple[float, float]]:
+    """A slot of the demo world: (x, y, scale), the caption's first words and what counts."""
+    if rng.random() < 0.5:
+        return (*slots(1)[0], article(phrase), WHOLE)
+    index = int(rng.integers(2))
+    pair = [article(phrase), article(THING_NAMES[int(rng.integers(len(THING_NAMES)))])]
+    return (*slots(2)[index], " and ".join(pair if index == 0 else pair[::-1]), (index / 2, (index + 1) / 2))

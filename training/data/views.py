@@ -21,10 +21,11 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class ViewPool:
-    """Latents (P, C, h, w), float32, and their captions."""
+    """Latents (P, C, h, w), float32, their captions, and weights (P, 1, 1, w) of mean 1 for what counts of them."""
 
     latents: torch.Tensor
     captions: tuple[str, ...]
+    weights: torch.Tensor | None = None
 
 
 def view_pool(
@@ -33,7 +34,7 @@ def view_pool(
     """``count`` augmented pictures of a subject; of photos only each one and its mirror image."""
     if not any(has_mask(view) for view in subject.views):
         count = min(count, len(subject.views) * (4 if flip else 1))
-    latents, captions = [], []
+    latents, captions, counted = [], [], []
     for start in range(0, count, BATCH):
         made = [
             augment(
@@ -44,7 +45,15 @@ def view_pool(
         ]  # fmt: skip
         latents.append(to_latents(pipe, base, torch.stack([item.picture for item in made])))
         captions += [item.caption for item in made]
-    return ViewPool(torch.cat(latents), tuple(captions))
+        counted += [_columns(latents[-1].shape[-1], item.counted) for item in made]
+    return ViewPool(torch.cat(latents), tuple(captions), torch.stack(counted).to(latents[0].device))
+
+
+def _columns(width: int, counted: tuple[float, float]) -> torch.Tensor:
+    """(1, 1, width) weights of mean 1: the columns that count, by their centres."""
+    centres = (torch.arange(width) + 0.5) / width
+    inside = ((centres > counted[0]) & (centres < counted[1])).float()
+    return (inside / inside.mean())[None, None]
 
 
 def class_pool(pipe: Any, base: Base, class_name: str, size: int, count: int, seed: int) -> ViewPool:

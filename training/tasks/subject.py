@@ -196,7 +196,10 @@ class SubjectTask:
         noise, t = draw_noise(latents.shape, steps, generator, self.device)
         conditioning = self.prompts.rows([pool.captions[number] for number in chosen.tolist()])
         with autocast(self.device, self.precision):
-            errors = squared_error(self.pipe, self.base, latents, noise, t, conditioning).mean((1, 2, 3))
+            errors = squared_error(self.pipe, self.base, latents, noise, t, conditioning)
+        if pool.weights is not None:
+            errors = errors * pool.weights[chosen.to(pool.weights.device)]
+        errors = errors.mean((1, 2, 3))
         if self.config.snr_gamma is not None:
             errors = errors * min_snr_weights(self.pipe, self.base, t, self.config.snr_gamma)
         return errors.mean()
