@@ -20,7 +20,7 @@ METHODS: dict[Method, str] = {
 }
 """Names shown on the page. NLA = normalised linear arithmetic (MoLE, arXiv 2404.13628, Eq. 2); sum = Eq. 1."""
 
-PLACES = {"demo": "on a white background"}
+PLACES = {"demo": "on a green background"}
 """Where a first picture shows its subjects, by base family: the small demo base is at its best on plain grounds."""
 PLACE = "on a beach"
 

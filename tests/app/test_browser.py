@@ -140,7 +140,7 @@ def wait_for_scores(page: Page) -> None:
 
 def test_one_click_makes_a_scored_picture_with_both_subjects(visit: Open, site: Site) -> None:
     page = visit(DESKTOP)
-    expect(page.locator("#prompt textarea")).to_have_value("a zwx bunny and a zwx robot on a white background")
+    expect(page.locator("#prompt textarea")).to_have_value("a zwx bunny and a zwx robot on a green background")
     keep(page, "first-visit-desktop")
     page.locator("#generate").click()
     page.locator("#first .frame img").wait_for()
@@ -159,7 +159,7 @@ def test_one_click_makes_a_scored_picture_with_both_subjects(visit: Open, site: 
     from mole_diffusion.png import read_parameters
 
     saved = read_parameters(Path(download.value.path()))
-    assert (saved["method"], saved["prompt"]) == ("gates", "a zwx bunny and a zwx robot on a white background")
+    assert (saved["method"], saved["prompt"]) == ("gates", "a zwx bunny and a zwx robot on a green background")
     page.reload()
     wait_for_scores(page)
 
@@ -203,7 +203,7 @@ def test_two_uploads_are_trained_and_generated_through_a_reload(visit: Open, sit
     keep(page, "trained-desktop")
     page.locator("#use-gates").click()
     expect(page.locator("#subjects label.selected")).to_have_text(["snow bunny", "tin robot"])
-    expect(page.locator("#prompt textarea")).to_have_value("a pqr bunny and a qvx robot on a white background")
+    expect(page.locator("#prompt textarea")).to_have_value("a pqr bunny and a qvx robot on a green background")
     page.locator("#generate").click()
     wait_for_scores(page)
     expect(page.locator("#results .who")).to_have_count(5)

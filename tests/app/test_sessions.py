@@ -172,6 +172,6 @@ def test_words_of_a_user_are_escaped(services: Services, order: Order) -> None:
 
 def test_the_draft_names_every_subject_by_its_trigger(services: Services) -> None:
     entries = services.library.entries()
-    assert default_prompt(entries) == "a zwx bunny and a zwx robot on a white background"
+    assert default_prompt(entries) == "a zwx bunny and a zwx robot on a green background"
     assert default_prompt([]) == ""
     assert Subject.of(entries[0]).text == "a bunny"
