@@ -39,8 +39,8 @@ def add_api(services: Services) -> None:
             gr.Dropdown(label="subjects", multiselect=True, allow_custom_value=True, choices=[], value=[]),
             gr.Dropdown(label="method", choices=list(METHODS), value="gates"),
             gr.Number(label="seed", value=0, precision=0),
-            gr.Number(label="steps", value=25, precision=0),
-            gr.Number(label="guidance", value=5.0),
+            gr.Number(label="steps", precision=0),
+            gr.Number(label="guidance"),
             gr.Number(label="count", value=1, precision=0),
             gr.Textbox(label="negative", value=""),
             gr.Textbox(label="base", value=services.settings.base),
@@ -80,10 +80,11 @@ class _Calls:
         ]
 
     def generate(
-        self, prompt: str, subjects: list[str], method: str, seed: int | None, steps: int | None,
-        guidance: float | None, count: int | None, negative: str, base: str, request: gr.Request,
+        self, prompt: str, subjects: list[str], method: str, seed: int | None, steps: int | None = None,
+        guidance: float | None = None, count: int | None = None, negative: str = "", base: str = "",
+        request: gr.Request | None = None,
     ) -> tuple[list[str], list[dict[str, Any]]]:  # fmt: skip
-        """Make pictures and wait for them."""
+        """Make pictures and wait for them; without steps and guidance they are the base's own."""
         owner = owner_of(self._services.settings, request)
         try:
             experts = self._hashes(subjects or [], owner)

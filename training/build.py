@@ -45,7 +45,7 @@ def load_base(name: str, precision: str | None) -> tuple[Base, Any]:
     pipe = base.load(device, torch.bfloat16 if half else torch.float32)
     if device.type == "cpu":
         pipe.unet.set_attn_processor(AttnProcessor())  # the fused attention's backward takes 40 % of a CPU step
-    elif base.family != "demo":
+    elif base.full_size:
         pipe.unet.enable_gradient_checkpointing()  # a third slower, and fits into consumer GPUs
     return base, pipe
 

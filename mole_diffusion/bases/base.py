@@ -42,6 +42,8 @@ class Base:
         lora_targets: suffixes of the modules that a new LoRA trains.
         configs_source: pipeline folder or shipped JSON file that its sizes are read from.
         half_vae: hub id of the autoencoder to use in fp16, where its own overflows.
+        on_slots: it learned from scenes whose things stand in few places and sizes, in the order of the prompt, never
+            mirrored (the shipped demo base); whoever makes training pictures for it does the same.
     """
 
     name: str
@@ -61,6 +63,12 @@ class Base:
     lora_targets: tuple[str, ...]
     configs_source: Path
     half_vae: str | None = field(default=None)
+    on_slots: bool = False
+
+    @property
+    def full_size(self) -> bool:
+        """Whether it is large enough for reduced precision and checkpoints of activations to pay on a GPU."""
+        return self.resolution >= 256
 
     @property
     def traits(self) -> Family:

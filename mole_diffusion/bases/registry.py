@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ _HUB: dict[str, dict[str, Any]] = {
         "half_vae": "madebyollin/sdxl-vae-fp16-fix",
     },
 }
-_SAMPLING: dict[str, dict[str, Any]] = {
-    "demo": {"default_steps": 25, "default_guidance": 5.0},
+SAMPLING: dict[str, dict[str, Any]] = {
+    "demo": {"default_steps": 25, "default_guidance": 2.0},
     "sd1": {"default_steps": 30, "default_guidance": 7.5},
     "sd21": {"default_steps": 30, "default_guidance": 7.5},
     "sdxl": {"default_steps": 30, "default_guidance": 5.0},
 }
+"""How a family is sampled unless the user says otherwise."""
 
 
 def get_base(name: str | Path, *, revision: str = "main") -> Base:
@@ -78,7 +80,7 @@ def _demo() -> Base:
         raise InvalidRequest(
             f"The demo base is missing from {folder}: restore the assets folder, or choose another base."
         )
-    return _from_folder(folder, name="demo", title=BASES["demo"])
+    return replace(_from_folder(folder, name="demo", title=BASES["demo"]), on_slots=True)
 
 
 def _from_hub(name: str, revision: str) -> Base:
@@ -94,7 +96,7 @@ def _from_hub(name: str, revision: str) -> Base:
         **_sizes(read_configs(configs_source)),
         **facts,
         **_VIT_B32,
-        **_SAMPLING[facts["family"]],
+        **SAMPLING[facts["family"]],
     )
 
 
@@ -115,7 +117,7 @@ def _from_folder(folder: Path, *, name: str, title: str) -> Base:
             configs_source=folder,
             **_sizes(configs),
             **_alignment(family),
-            **_SAMPLING[family],
+            **SAMPLING[family],
         )
     except (KeyError, TypeError) as error:
         raise InvalidFile(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -97,12 +97,17 @@ class Gallery:
         *,
         palette: Sequence[tuple[float, float, float]] = PALETTE,
         reduce: Literal["mean", "max"] = "mean",
+        show: Callable[[Tensor], Tensor] | None = None,
     ) -> Gallery:
-        """Embeds the views (4, H, W) of every candidate on every background."""
+        """Embeds the views (4, H, W) of every candidate on every background.
+
+        ``show`` makes of framed views on their grounds, (N, 3, S, S), what the pictures to be scored would show of
+        them: a small, soft drawing is far from the sharp view of its own subject (training/study_judge.py).
+        """
         if not views:
             raise InvalidRequest("Expected the views of one subject at least, got none.")
         colours = torch.tensor(palette)
-        features = tuple(_features(pictures, colours, scorer) for pictures in views.values())
+        features = tuple(_features(pictures, colours, scorer, show) for pictures in views.values())
         return cls(tuple(views), features, colours, reduce, scorer.label)
 
     def similarity(self, places: Tensor, borders: Tensor) -> Tensor:
@@ -115,7 +120,9 @@ class Gallery:
         return torch.stack(columns, dim=2)
 
 
-def _features(views: Sequence[Tensor], colours: Tensor, scorer: IdentityScorer) -> Tensor:
+def _features(
+    views: Sequence[Tensor], colours: Tensor, scorer: IdentityScorer, show: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     framed = torch.stack([frame(view, scorer.size) for view in views])
-    pictures = on_background(framed, colours)
-    return scorer.embed(pictures.flatten(0, 1)).view(len(colours), len(views), -1)
+    pictures = on_background(framed, colours).flatten(0, 1)
+    return scorer.embed(pictures if show is None else show(pictures)).view(len(colours), len(views), -1)

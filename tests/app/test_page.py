@@ -16,6 +16,7 @@ from app.main import build_app, launch_options
 from app.services import Services, build_services
 from app.settings import Settings
 from app.ui.library import forget
+from mole_diffusion.bases import get_base
 from mole_diffusion.png import read_parameters
 from tests.app.conftest import Files
 
@@ -45,6 +46,7 @@ def test_a_program_can_make_a_picture(client: Client) -> None:
     assert len(pictures) == 1
     assert read_parameters(Path(pictures[0])) == parameters[0]
     assert (parameters[0]["seed"], parameters[0]["method"]) == (5, "nla")
+    assert parameters[0]["guidance"] == get_base("demo").default_guidance
 
 
 def test_a_programs_mistake_is_a_sentence(client: Client) -> None:

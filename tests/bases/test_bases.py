@@ -39,6 +39,7 @@ def test_the_demo_base_is_what_its_folder_says(demo: Base, demo_assets: Path) ->
     assert demo.guidance_rescale == 0.7
     assert demo.alignment_model == f"local-dir:{demo_assets}/demo/clip" and demo.alignment_label == "demo CLIP"
     assert assets_dir() == demo_assets
+    assert demo.on_slots and not get_base(demo_assets / "demo" / "base").on_slots, "a folder's own world is unknown"
 
 
 @pytest.mark.parametrize(

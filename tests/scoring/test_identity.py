@@ -98,6 +98,9 @@ def test_a_gallery_prefers_the_background_of_the_picture(scorer: IdentityScorer,
     pictures = on_background(torch.stack([frame(view, scorer.size) for view in views]), colours)[:, 0]
     same = gallery.similarity(scorer.embed(pictures)[:, None], colours)
     torch.testing.assert_close(same.flatten(), torch.ones(len(PALETTE)), atol=1e-4, rtol=0)
+    shown = Gallery.build({"robot": views}, scorer, show=lambda framed: 1 - framed)
+    negatives = shown.similarity(scorer.embed(1 - pictures)[:, None], colours)
+    torch.testing.assert_close(negatives.flatten(), torch.ones(len(PALETTE)), atol=1e-4, rtol=0)
     with pytest.raises(InvalidRequest, match="one subject at least"):
         Gallery.build({}, scorer)
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mole_diffusion.bases import assets_dir, get_base
+from mole_diffusion.scoring.views import load_views
 from training.base.scenes import COLOURS, paint_background
 from training.study import _ground, table
+from training.study_judge import SubjectJudge, to_tensor
 from training.study_options import METHODS, PAIRS
 
 
@@ -37,10 +40,20 @@ def test_tables_give_intervals_over_pairs_and_paired_differences(tmp_path):
     (tmp_path / "subjects").mkdir()
     record = {
         "subject": "robot", "identity": {"mean": 0.6, "low": 0.5, "high": 0.7}, "floor": 0.1, "ceiling": 0.9,
-        "nearest_to_itself": 1.0, "background_kept": 0.9, "background_base": 0.95,
+        "success": 1.0, "real_scenes": 0.9, "background_kept": 0.9, "background_base": 0.95,
     }  # fmt: skip
     (tmp_path / "subjects" / "robot.json").write_text(json.dumps(record))
     text = table(tmp_path)
-    assert "| robot | 0.600 [0.500, 0.700] | 0.100 | 0.900 | 1.00 | 0.90 (0.95) |" in text
+    assert "| robot | 0.600 [0.500, 0.700] | 0.100 | 0.900 | 1.00 (0.90) | 0.90 (0.95) |" in text
     assert "| nla | 0.500 [0.500, 0.500] |" in text and "| token | 1.000 [1.000, 1.000] |" in text
     assert "- collage loss, token minus nla: -0.075" in text
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_judge_finds_real_subjects_as_the_base_shows_them_and_nothing_in_bare_grounds(count):
+    base = get_base("demo")
+    folders = sorted((assets_dir() / "demo" / "subjects").glob("*/heldout"))[:4]
+    judge = SubjectJudge(base, base.load(), {f.parent.name: load_views(f) for f in folders}, count)
+    assert judge.success > 0.7 and (judge.ceilings > judge.thresholds).all()
+    bare = to_tensor(paint_background("green", 64, np.random.default_rng(0)).astype(np.uint8))[None]
+    assert not judge.find(judge.scores(judge.as_base(bare)), [tuple(range(count))]).success.any()

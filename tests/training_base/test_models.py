@@ -10,6 +10,7 @@ from training.base import autoencoder, clip, diffusion
 from training.base.fastconv import small_maps_as_products
 from training.base.judge import Judge
 from training.base.muon import MATRIX_RATE, MuonAdamW
+from training.base.precision import autocast, bf16_pays
 from training.base.quality import measure, protocol, real_scenes
 from training.base.scenes import BACKGROUNDS, background_phrase, compose_scene
 from training.base.stage import Budget, Stage
@@ -166,6 +167,18 @@ def test_most_contrastive_batches_come_from_few_backgrounds():
     assert sorted(np.concatenate(list(grounds.values())).tolist()) == list(range(len(captions)))
     shown = [len({captions[i] for i in clip._alike(grounds, 60, np.random.default_rng(seed))}) for seed in range(60)]
     assert shown.count(1) > 15 and shown.count(2) > 5 and max(shown) > 10
+
+
+@pytest.mark.parametrize(("units", "pays"), [({"amx_bf16"}, True), ({"avx512_bf16"}, True), ({"avx2"}, False)])
+def test_bf16_is_for_processors_that_compute_in_it(units, pays, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True), raising=False)
+    bf16_pays.cache_clear()
+    try:
+        with autocast("cpu"):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if pays else torch.float32)
+        assert bf16_pays("cuda:0")
+    finally:
+        bf16_pays.cache_clear()
 
 
 def test_a_frozen_text_encoder_reads_each_caption_once():

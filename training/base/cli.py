@@ -189,9 +189,12 @@ def _diffusion(world: _World) -> None:
 def _trained(world: _World):
     unet, encoder, scorer = _parts(world)
     found = _average(world.work / "diffusion")
-    if found is None:
-        raise InvalidRequest("There is no trained denoiser yet: run the stage 'diffusion' first.")
-    diffusion.Conditioned(unet, encoder, CONTEXT).load_state_dict(load_file(found))
+    if found is not None:
+        diffusion.Conditioned(unet, encoder, CONTEXT).load_state_dict(load_file(found))
+    elif not world.args.warm_start:
+        raise InvalidRequest(
+            "There is no trained denoiser yet: run the stage 'diffusion' first, or name a folder with --warm-start."
+        )
     return diffusion.pipeline(unet.eval(), world.vae().eval(), encoder.eval(), CONTEXT), scorer
 
 

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from mole_diffusion.bases.registry import SAMPLING
 from mole_diffusion.bases.tokenizer import clip_tokenizer
 from training.base.autoencoder import PatchBasis, to_tensor
 from training.base.corpus import THING_NAMES
 from training.base.fastconv import small_maps_as_products
-from training.base.precision import autocast
+from training.base.precision import autocast, bf16_pays
 from training.base.scene_pool import SHARD, ScenePool
 from training.base.scenes import COLOURS, PLACES
 from training.base.stage import Budget, Stage
@@ -106,7 +107,9 @@ def train(unet: UNet2DConditionModel, vae: AutoencoderKL, encoder: CLIPTextModel
     encoder.get_input_embeddings().requires_grad_(False)  # type: ignore[union-attr]
     model = Conditioned(unet, encoder, context).to(device)
     vae.to(device)  # type: ignore[arg-type]
-    stage = Stage("diffusion", model, budget, folder, rates={"text_encoder.": TEXT_RATE}, muon=True)
+    fast = bf16_pays(device)
+    # Muon's own products and those of small maps are bf16: without units for it they take five times all the rest.
+    stage = Stage("diffusion", model, budget, folder, rates={"text_encoder.": TEXT_RATE}, muon=fast)
     shards: list[Tensor] = []
     encode = model.encode if train_text else _Remembered(model)
     triggers = blank_words(context)
@@ -132,7 +135,7 @@ def train(unet: UNet2DConditionModel, vae: AutoencoderKL, encoder: CLIPTextModel
         contact_sheet(pipeline(unet, vae, encoder, context), SHEET_PROMPTS, path, 4)
 
     with ExitStack() as stack:
-        if device == "cpu":
+        if device == "cpu" and fast:
             stack.enter_context(small_maps_as_products(unet))
         stage.train(loss, sheet)
     stage.use_average()
@@ -164,14 +167,16 @@ def pipeline(
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], steps: int = 25) -> np.ndarray:
-    """(B, H, W, 3) uint8 pictures; every picture has its own seed, so a batch changes nothing."""
-    pictures = []
+def draw(pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int]) -> np.ndarray:
+    """(B, H, W, 3) uint8 pictures, sampled as the product does; each has its own seed, so a batch changes nothing."""
+    pictures, usual = [], SAMPLING["demo"]
     for start in range(0, len(prompts), 32):
         part = slice(start, start + 32)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        output: Any = pipe(prompts[part], num_inference_steps=steps, guidance_scale=5.0, guidance_rescale=0.7,
-                      generator=generators, output_type="np")  # fmt: skip
+        output: Any = pipe(
+            prompts[part], num_inference_steps=usual["default_steps"], guidance_scale=usual["default_guidance"],
+            guidance_rescale=0.7, generator=generators, output_type="np",
+        )  # fmt: skip
         pictures.append((output.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
 

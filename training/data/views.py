@@ -39,7 +39,7 @@ def view_pool(
         made = [
             augment(
                 subject.views[number % len(subject.views)], subject.phrase, size, _rng(seed, number), flip=flip,
-                on_slots=base.family == "demo",
+                on_slots=base.on_slots,
             )
             for number in range(start, min(start + BATCH, count))
         ]  # fmt: skip

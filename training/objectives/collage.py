@@ -47,7 +47,7 @@ class CollageConfig:
     @classmethod
     def of(cls, base: Base, **changes: Any) -> CollageConfig:
         """The defaults for a base: the demo base has seen few places and sizes, one order, and nothing mirrored."""
-        if base.family == "demo":
+        if base.on_slots:
             changes = {"on_slots": True, "flip": False, **changes}
         return cls(**changes)
 

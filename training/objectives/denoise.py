@@ -14,10 +14,10 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def choose_precision(asked: Precision | None, base: Base, device: torch.device) -> Precision:
-    """What was asked for; else bfloat16 for full-size bases on CUDA, float32 for the demo base and elsewhere."""
+    """What was asked for; else bfloat16 for full-size bases on CUDA, float32 for small bases and elsewhere."""
     if asked is not None:
         return asked
-    return "bfloat16" if device.type == "cuda" and base.family != "demo" else "float32"
+    return "bfloat16" if device.type == "cuda" and base.full_size else "float32"
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -115,7 +115,7 @@ class SubjectTask:
         self.precision: Precision = choose_precision(config.precision, base, self.device)
         size = config.resolution or base.resolution
         base.latent_shape(size, size)
-        flip = base.family != "demo" if config.flip is None else config.flip
+        flip = not base.on_slots if config.flip is None else config.flip
         self.pool = view_pool(pipe, base, subject, size, config.pool, config.seed, flip=flip)
         self.prior = self._prior(size)
         captions = [*self.pool.captions, *(self.prior.captions if self.prior else ())]
