@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -64,15 +65,17 @@ class LowRank:
     def reshaped(self, weight_shape: tuple[int, ...]) -> LowRank | None:
         """This pair for a module whose weight has ``weight_shape``; None where it does not fit.
 
-        A 1×1 convolution and a linear layer hold the same numbers: files write either.
+        A 1×1 convolution and a linear layer hold the same numbers: files write either. Some write a convolution's
+        kernel flat, (r, c_in·k·k).
         """
         if self.weight_shape == weight_shape:
             return self
         squeezed = tuple(self.a.shape[:2])
         if self.a.shape[2:] == (1, 1) and (self.b.shape[0], squeezed[1]) == weight_shape:
             return replace(self, a=self.a.reshape(squeezed))
-        if self.a.ndim == 2 and (*self.weight_shape, 1, 1) == weight_shape:
-            return replace(self, a=self.a[..., None, None])
+        flat = (weight_shape[0], math.prod(weight_shape[1:]))
+        if self.a.ndim == 2 and len(weight_shape) == 4 and self.weight_shape == flat:
+            return replace(self, a=self.a.reshape(-1, *weight_shape[1:]))
         return None
 
 
@@ -118,7 +121,7 @@ class Expert:
         """Read any supported LoRA file.
 
         Args:
-            source: a path, or the file's bytes.
+            source: a path, or the file's bytes; a folder that PEFT's ``save_pretrained`` wrote counts as its file.
             name: default: the file's own title, else its file name.
             trigger: default: what the file's metadata says.
             role: default: what the file's metadata says, else subject.

@@ -11,6 +11,7 @@ from mole_diffusion.errors import BaseMismatch, InvalidFile, MoleError
 from mole_diffusion.experts.canonical import Expert
 from mole_diffusion.experts.load import Opened, open_lora, to_expert
 from mole_diffusion.experts.names import ModuleShapes, align
+from mole_diffusion.experts.peft_folder import weights_of
 from mole_diffusion.experts.recognise import refuse_unmatched
 from mole_diffusion.experts.safefile import Source, read_header
 from mole_diffusion.experts.sniff import describe_size
@@ -49,6 +50,8 @@ class Inspection:
     targets: dict[str, int] = field(default_factory=dict)
     matched: int = 0
     unmatched: int = 0
+    approximated: int = 0
+    error: float = 0.0
     examples: tuple[str, ...] = ()
 
     def sentence(self) -> str:
@@ -59,7 +62,18 @@ class Inspection:
         targets = ", ".join(f"{count} in {component}" for component, count in self.targets.items())
         base = self.fits or self.base or "an unknown base"
         trigger = f"trigger {self.trigger!r}" if self.trigger else "no trigger word stated"
-        return f"A LoRA for {base}: rank {ranks}, {targets}, {trigger}, {describe_size(self.size)} ({self.producer})."
+        near = (
+            f", {self.approximated} of {self.matched_modules} modules as their nearest pair, up to {self.error:.1%} off"
+            if self.approximated
+            else ""
+        )
+        size = describe_size(self.size)
+        return f"A LoRA for {base}: rank {ranks}, {targets}{near}, {trigger}, {size} ({self.producer})."
+
+    @property
+    def matched_modules(self) -> int:
+        """Modules that it changes."""
+        return sum(self.targets.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``."""
@@ -130,6 +144,8 @@ def _judge(opened: Opened, base: HasShapes | None) -> Inspection:
         targets=dict(Counter(key.split(".", 1)[0] for key in converted.modules)),
         matched=len(opened.header.tensors) - len(converted.unmatched),
         unmatched=len(converted.unmatched),
+        approximated=len(converted.errors),
+        error=max(converted.errors.values(), default=0.0),
         examples=tuple(key[:200] for key in converted.unmatched[:3]),
     )
 
@@ -138,6 +154,6 @@ def _size(source: Source) -> int:
     if isinstance(source, bytes):
         return len(source)
     try:
-        return read_header(source).size
+        return read_header(weights_of(source)).size
     except MoleError:
         return Path(source).stat().st_size if Path(source).is_file() else 0

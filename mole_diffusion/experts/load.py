@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mole_diffusion.errors import InvalidFile
@@ -11,6 +11,7 @@ from mole_diffusion.experts import metadata as about
 from mole_diffusion.experts.canonical import Expert, Role
 from mole_diffusion.experts.formats import Converted
 from mole_diffusion.experts.names import ModuleShapes, Resolver
+from mole_diffusion.experts.peft_folder import WEIGHTS, config_beside, weights_of
 from mole_diffusion.experts.recognise import recognise, refuse_unmatched
 from mole_diffusion.experts.safefile import Header, Source, read_bytes, read_header, read_tensors
 
@@ -34,16 +35,19 @@ def open_lora(source: Source, shapes: ModuleShapes | None = None) -> Opened:
     Raises:
         InvalidFile: as :func:`load_expert`, but not for unmatched keys.
     """
+    source = weights_of(source)
     recognise(read_header(source))
     data = read_bytes(source)
     header = read_header(data)
+    beside = config_beside(source)
+    header = replace(header, metadata={**header.metadata, **beside})
     layout = recognise(header)
     tensors = read_tensors(data)
     converted = layout.convert(tensors, header, Resolver(shapes))
     if shapes is not None and converted.unmatched:
         plain = layout.convert(tensors, header, Resolver())
         converted = converted if plain.unmatched else plain
-    return Opened(header, layout.NAME, converted, hashlib.sha256(data).hexdigest())
+    return Opened(header, layout.NAME, converted, hashlib.sha256(data + "".join(beside.values()).encode()).hexdigest())
 
 
 def load_expert(
@@ -80,4 +84,5 @@ def to_expert(opened: Opened, *, name: str, trigger: str | None = None, role: Ro
 def _default_name(source: Source, opened: Opened) -> str:
     if isinstance(source, bytes):
         return about.title(opened.header.metadata) or opened.sha256[:8]
-    return Path(source).stem
+    path = Path(source)
+    return path.parent.name if path.name == WEIGHTS else path.stem

@@ -12,16 +12,14 @@ from mole_diffusion.experts.sniff import describe_size
 
 # A part of a key → why the file is refused. Support for these comes later, each needs maths of its own.
 UNSUPPORTED = {
-    ".hada_w": "LoHa (a product of two low-rank pairs)",
-    ".lokr_w": "LoKr (a Kronecker product)",
     ".dora_scale": "DoRA (a trained magnitude beside the low-rank pair)",
     "lora_magnitude_vector": "DoRA (a trained magnitude beside the low-rank pair)",
-    ".lora_mid.": "LoCon with a middle tensor (Tucker decomposition)",
     "bundle_emb": "a LoRA with bundled text embeddings",
     ".oft_": "OFT (orthogonal fine-tuning)",
     ".boft_": "BOFT (orthogonal fine-tuning)",
     ".w_norm": "trained normalisation layers beside the LoRA",
     ".b_norm": "trained normalisation layers beside the LoRA",
+    ".diff_b": "trained biases beside the LoRA",
     ".lora_embedding_": "a trained token embedding",
     "lora_mixer": "MoSLoRA with its mixer; export it as a plain LoRA first",
     "lora_AB": "MoSLoRA with its mixer; export it as a plain LoRA first",
@@ -62,11 +60,6 @@ def recognise(header: Header) -> Format:
     for prefix, family in _OTHER_BASES.items():
         if any(key.startswith(prefix) for key in keys):
             raise InvalidFile(f"This LoRA was made for {family}; only Stable Diffusion 2.1 and SDXL LoRAs fit here.")
-    full = next((key for key in keys if key.endswith((".diff", ".diff_b"))), None)
-    if full:
-        raise InvalidFile(
-            f"This file holds full weight differences ({full[:80]!r}), not a low-rank pair: not supported."
-        )
     layout = find_format(header)
     if layout is None:
         _refuse_unknown(keys)

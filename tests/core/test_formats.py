@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
 
 from mole_diffusion.errors import InvalidFile
-from mole_diffusion.experts import Expert
+from mole_diffusion.experts import Expert, inspect_file
 from mole_diffusion.experts.names import Resolver, align, sgm_to_diffusers
 from tests.core.small import shapes_of
 
@@ -185,6 +188,30 @@ def test_peft_save_pretrained_without_its_config_is_refused() -> None:
         Expert.load(save(tensors))
     expert = Expert.load(save(tensors, {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 4})}))
     assert expert.modules[f"unet.{BLOCK}.attn1.to_q"].scale == 2.0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_k": 1}, "rank_pattern": {"to_k": 3}}]
+)
+def test_a_folder_of_peft_is_read_with_its_own_scales(options: dict[str, Any], pipe: Any, tmp_path: Path) -> None:
+    asked = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_k"], init_lora_weights=False, **options)
+    model = get_peft_model(copy.deepcopy(pipe.unet), asked)
+    model.save_pretrained(str(tmp_path / "hero"))
+    expert = Expert.load(tmp_path / "hero")
+    assert expert.name == "hero" and inspect_file(tmp_path / "hero").ok
+    layers = {f"unet.{n}": m for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
+    assert expert.modules.keys() == layers.keys()
+    for key, pair in expert.modules.items():
+        torch.testing.assert_close(pair.delta(), layers[key].get_delta_weight("default"), atol=1e-6, rtol=1e-5)
+    config = tmp_path / "hero" / "adapter_config.json"
+    changed = json.loads(config.read_text()) | {"lora_alpha": 7}
+    config.write_text(json.dumps(changed))
+    assert Expert.load(tmp_path / "hero").sha256 != expert.sha256, "the scale belongs to the content"
+    config.write_text(json.dumps(changed | {"peft_type": "IA3"}))
+    with pytest.raises(InvalidFile, match="IA3"):
+        Expert.load(tmp_path / "hero")
+    (tmp_path / "hero" / "adapter_model.safetensors").rename(tmp_path / "hero" / "adapter_model.bin")
+    assert "pickle" in inspect_file(tmp_path / "hero").reason
 
 
 @pytest.mark.parametrize(

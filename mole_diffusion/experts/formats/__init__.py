@@ -24,11 +24,13 @@ class Converted:
         modules: canonical key → low-rank pair.
         unmatched: tensor keys that it could not place, by name.
         alphas: canonical key → α, for modules whose file states one.
+        errors: canonical key → relative error ‖ΔW − pair‖/‖ΔW‖, for modules whose pair is only the nearest one.
     """
 
     modules: Mapping[str, LowRank]
     unmatched: tuple[str, ...] = ()
     alphas: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 class Format(Protocol):

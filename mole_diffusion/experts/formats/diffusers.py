@@ -58,7 +58,7 @@ def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | 
     if not configs and any(key.startswith(_PEFT_PREFIX) for key in tensors):
         raise InvalidFile(
             "This file was written by PEFT's save_pretrained; its scale is in the adapter_config.json beside it, which "
-            "is missing here: export the LoRA with save_lora_weights, or in kohya's format."
+            "is missing here: open the whole folder, or export the LoRA with save_lora_weights or in kohya's format."
         )
     modules: dict[str, LowRank] = {}
     alphas: dict[str, float] = {}
@@ -69,8 +69,8 @@ def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | 
         built = build_pair(module, parts, default_scale=stated[1] if stated else None)
         if built is None:
             continue
-        modules[module] = built[0]
-        alpha = built[1] if built[1] is not None else stated and stated[0]
+        modules[module] = built.pair
+        alpha = built.alpha if built.alpha is not None else stated and stated[0]
         if alpha is not None:
             alphas[module] = alpha
         placed.update(parts.keys.values())

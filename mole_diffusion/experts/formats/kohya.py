@@ -1,4 +1,5 @@
-"""kohya-ss files (and everything that writes like them): one flattened module name, then down, up and alpha.
+"""kohya-ss files (and everything that writes like them): one flattened module name, then down, up and alpha, or the
+parts of LyCORIS's products (lycoris.py).
 
 | key | module | origin |
 |---|---|---|
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mole_diffusion.experts.canonical import LowRank
 from mole_diffusion.experts.formats import Converted
+from mole_diffusion.experts.formats.lycoris import build_lycoris
 from mole_diffusion.experts.formats.pairs import Parts, build_pair, unmatched_keys
 from mole_diffusion.experts.names import Resolver
 from mole_diffusion.experts.safefile import Header
@@ -28,8 +30,12 @@ PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-_KEY = re.compile(r"(lora_unet_|lora_te[12]?_)([A-Za-z0-9_]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
-_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+_KEY = re.compile(
+    r"(lora_unet_|lora_te[12]?_)([A-Za-z0-9_]+)\.(lora_(?:down|up|mid)\.weight|alpha|diff"
+    r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)"
+)
+_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid"}
+_PLAIN = {"down", "up", "alpha"}
 
 
 def matches(header: Header) -> bool:
@@ -45,16 +51,19 @@ def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | 
         match = _KEY.fullmatch(key)
         module = resolver.key(PREFIXES[match[1]], match[2]) if match else None
         if match and module:
-            grouped.setdefault(module, Parts()).add(_PARTS[match[3]], key, tensor)
+            grouped.setdefault(module, Parts()).add(_PARTS.get(match[3], match[3]), key, tensor)
     modules: dict[str, LowRank] = {}
     alphas: dict[str, float] = {}
+    errors: dict[str, float] = {}
     placed: set[str] = set()
     for module, parts in grouped.items():
-        built = build_pair(module, parts)
+        built = (build_pair if parts.keys.keys() <= _PLAIN else build_lycoris)(module, parts)
         if built is None:
             continue
-        modules[module] = built[0]
-        if built[1] is not None:
-            alphas[module] = built[1]
+        modules[module] = built.pair
+        if built.alpha is not None:
+            alphas[module] = built.alpha
+        if built.error:
+            errors[module] = built.error
         placed.update(parts.keys.values())
-    return Converted(modules, unmatched_keys(tensors, placed), alphas)
+    return Converted(modules, unmatched_keys(tensors, placed), alphas, errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,15 @@ class Parts:
         self.keys[part] = key
 
 
-def build_pair(module: str, parts: Parts, default_scale: float | None = None) -> tuple[LowRank, float | None] | None:
+class Built(NamedTuple):
+    """A module's pair, the α that its file states, and the relative error where the pair is only near the file's ΔW."""
+
+    pair: LowRank
+    alpha: float | None
+    error: float = 0.0
+
+
+def build_pair(module: str, parts: Parts, default_scale: float | None = None) -> Built | None:
     """One module's pair and its α; None where down or up is missing.
 
     scale = α / r; α absent or 0 means α = r, or ``default_scale`` where the file's metadata gives one.
@@ -40,12 +49,12 @@ def build_pair(module: str, parts: Parts, default_scale: float | None = None) ->
             raise InvalidFile(f"The up weight of {module} has the shape {tuple(up.shape)}, expected a 1×1 convolution.")
         up = up.flatten(1)
     down, up = (tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in (down, up))
-    alpha = _alpha(module, parts.tensors.get("alpha"))
+    alpha = read_alpha(module, parts.tensors.get("alpha"))
     if alpha:
         scale = alpha / down.shape[0] if down.shape[0] else 1.0
     else:
         scale = 1.0 if default_scale is None else default_scale
-    return LowRank(down, up, scale), alpha or None
+    return Built(LowRank(down, up, scale), alpha or None)
 
 
 def unmatched_keys(all_keys: Mapping[str, object], placed: set[str]) -> tuple[str, ...]:
@@ -53,7 +62,8 @@ def unmatched_keys(all_keys: Mapping[str, object], placed: set[str]) -> tuple[st
     return tuple(sorted(key for key in all_keys if key not in placed))
 
 
-def _alpha(module: str, alpha: Tensor | None) -> float:
+def read_alpha(module: str, alpha: Tensor | None) -> float:
+    """α of a module; 0 where its file states none."""
     if alpha is None:
         return 0.0
     if alpha.numel() != 1:
