@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from mole_diffusion.errors import MoleError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mole_diffusion.bases.base import Base
+    from mole_diffusion.experts import Forecast
     from mole_diffusion.generation import StepEvent
 
 REFUSED = 2
@@ -49,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--base", help=f"check that it fits: {', '.join(BASES)} or a pipeline folder")
+    parser.add_argument(
+        "--beside", action="append", default=[], type=Path, metavar="FILE",
+        help="forecast where it collides with this other LoRA; repeat for several",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="report as JSON")
     parser.set_defaults(run=_inspect)
 
@@ -77,14 +84,32 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from mole_diffusion.bases.registry import get_base
     from mole_diffusion.experts import inspect_file
 
-    found = inspect_file(arguments.file, get_base(arguments.base) if arguments.base else None)
+    base = get_base(arguments.base) if arguments.base else None
+    found = inspect_file(arguments.file, base)
+    beside = _forecasts(arguments.file, arguments.beside, base) if found.ok else {}
     if arguments.json:
-        print(json.dumps(found.to_json(), indent=2))
+        reports = {"beside": {name: asdict(forecast) for name, forecast in beside.items()}} if arguments.beside else {}
+        print(json.dumps({**found.to_json(), **reports}, indent=2))
     elif found.ok:
-        print(found.sentence())
+        print("\n".join([found.sentence(), *(forecast.sentence(name) for name, forecast in beside.items())]))
     if not found.ok:
         print(found.reason, file=sys.stderr)
     return 0 if found.ok else REFUSED
+
+
+def _forecasts(file: Path, others: Sequence[Path], base: Base | None) -> dict[str, Forecast]:
+    """Collisions of a file's expert with others, by their paths."""
+    from mole_diffusion.experts import Expert, check_fits, forecast_collisions
+
+    shapes = base.module_shapes() if base else None
+    own, found = Expert.load(file, shapes=shapes) if others else None, {}
+    for path in others:
+        other = Expert.load(path, shapes=shapes)
+        if base:
+            check_fits(other, base)
+        assert own is not None
+        found[str(path)] = forecast_collisions(own, other)
+    return found
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mole_diffusion.experts.canonical import COMPONENTS, MAX_RANK, Expert, LowRank, Role, content_hash
+from mole_diffusion.experts.forecast import Forecast, Overlap, forecast_collisions
 from mole_diffusion.experts.inspect import Inspection, check_fits, inspect_file
 from mole_diffusion.experts.safefile import Header, read_header, read_tensors
 from mole_diffusion.experts.save import save_expert
@@ -11,12 +12,15 @@ __all__ = [
     "COMPONENTS",
     "MAX_RANK",
     "Expert",
+    "Forecast",
     "Header",
     "Inspection",
     "LowRank",
+    "Overlap",
     "Role",
     "check_fits",
     "content_hash",
+    "forecast_collisions",
     "inspect_file",
     "read_header",
     "read_tensors",

@@ -35,6 +35,18 @@ def test_inspect_tells_what_a_file_is(demo_assets: Path, robot: Path, capsys: py
     assert report["ok"] and report["trigger"] == "zwx robot" and set(report["ranks"]) == {"2"}
 
 
+def test_inspect_forecasts_where_two_files_collide(robot: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = robot.with_name("bunny.safetensors")
+    assert main(["inspect", str(robot), "--beside", str(robot), "--beside", str(other)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith(f"Beside {robot}: overlap ")
+    assert main(["inspect", str(robot), "--beside", str(other), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["beside"][str(other)]
+    assert 0 < report["whole"]["reads"] < 1 and report["blocks"]
+    assert main(["inspect", str(robot), "--beside", "absent.safetensors"]) == 2
+    assert "absent.safetensors" in capsys.readouterr().err
+
+
 def test_inspect_works_on_large_bases_without_a_network(robot: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(robot), "--base", "sdxl", "--json"]) == 2
     captured = capsys.readouterr()
