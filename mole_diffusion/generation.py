@@ -47,7 +47,7 @@ class GenerationRequest:
         prompt, negative: what to show and what not; the negative prompt needs guidance above 1.
         seed: of the first picture; picture k of a request has seed + k and looks the same made alone.
         steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 and below = off.
+        guidance: classifier-free guidance scale; 1 and below = off; None = the base's.
         width, height: pixels; None = the base's resolution.
         count: pictures.
         subjects: what to score at every step beside the whole prompt.
@@ -59,7 +59,7 @@ class GenerationRequest:
     negative: str = ""
     seed: int = 0
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float | None = None
     width: int | None = None
     height: int | None = None
     count: int = 1
@@ -72,7 +72,8 @@ class GenerationRequest:
         _within("steps", self.steps, 1, MAX_STEPS)
         _within("count", self.count, 1, MAX_COUNT)
         _within("seed", self.seed, 0, 2**63 - 1 - MAX_COUNT)
-        _within("guidance", self.guidance, 0, 100)
+        if self.guidance is not None:
+            _within("guidance", self.guidance, 0, 100)
         _within("score_every", self.score_every, 0, MAX_STEPS)
         _within("preview_every", self.preview_every, 0, MAX_STEPS)
         if self.guidance_rescale is not None:
@@ -88,8 +89,15 @@ class GenerationRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether unconditional rows are computed."""
-        return self.guidance > 1
+        """Whether unconditional rows are computed; every base's own guidance needs them."""
+        return self.guidance is None or self.guidance > 1
+
+    def sampling(self, base: Base) -> tuple[float, float]:
+        """(guidance, guidance_rescale), the base's own where the request leaves them open."""
+        return (
+            base.default_guidance if self.guidance is None else self.guidance,
+            base.guidance_rescale if self.guidance_rescale is None else self.guidance_rescale,
+        )
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -189,10 +197,10 @@ class _Run:
         size = (request.height or self.base.resolution, request.width or self.base.resolution)
         self._check_cancel()
         conditioning = self.base.encode(self.pipe, [request.prompt] * request.count, negatives=negatives, size=size)
-        rescale = self.base.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
+        guidance, rescale = request.sampling(self.base)
         previewer = Previewer(self.base, self.pipe)
         latents = initial_noise(request.seeds, shape)
-        for step in sample(self.pipe, latents, conditioning, request.steps, request.guidance, rescale):
+        for step in sample(self.pipe, latents, conditioning, request.steps, guidance, rescale):
             latents = step.latents
             self._emit(step, previewer)
             self._check_cancel()
@@ -241,7 +249,7 @@ def _parameters(
     scores: tuple[dict[str, float], ...],
 ) -> dict[str, Any]:
     """Everything needed to make the pictures again, as plain values for JSON."""
-    rescale = base.guidance_rescale if request.guidance_rescale is None else request.guidance_rescale
+    guidance, rescale = request.sampling(base)
     return {
         "schema": 1,
         # Pictures are shared: a folder is named, its path is nobody's business.
@@ -254,7 +262,7 @@ def _parameters(
         "seed": request.seed,
         "count": request.count,
         "steps": request.steps,
-        "guidance": request.guidance,
+        "guidance": guidance,
         "guidance_rescale": rescale,
         "width": request.width or base.resolution,
         "height": request.height or base.resolution,

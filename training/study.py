@@ -7,6 +7,7 @@ Identity is judged by EfficientNet-Lite0 (study_judge.py), which no training use
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -57,16 +58,17 @@ class Bench:
             raise InvalidRequest(f"There are no demo subjects below {folder}: run 'training base --stages subjects'.")
         self.names = tuple(self.cards)
         self.views = {name: load_views(folder / name / "heldout") for name in self.names}
+        self.posed = {name: load_views(folder / name / "train") for name in self.names}
 
     @cached_property
     def single(self) -> SubjectJudge:
         """Judges pictures of one subject."""
-        return SubjectJudge(self.base, self.pipe, self.views, 1)
+        return SubjectJudge(self.base, self.pipe, self.views, self.posed, 1)
 
     @cached_property
     def double(self) -> SubjectJudge:
         """Judges pictures of two subjects."""
-        return SubjectJudge(self.base, self.pipe, self.views, 2)
+        return SubjectJudge(self.base, self.pipe, self.views, self.posed, 2)
 
     def phrase(self, name: str) -> str:
         """Trigger and class, for instance "sks robot"."""
@@ -105,7 +107,7 @@ def study_subject(bench: Bench, name: str) -> dict[str, Any]:
         "ceiling": float(judge.ceilings[index]), "success": float(found.success.mean()),
         "background_kept": float(np.mean([_ground(p) == g for p, g in zip(pictures, groups, strict=True)])),
         "background_base": float(np.mean([_ground(p) == g for p, g in zip(floor, groups, strict=True)])),
-        "scorer": judge.label, "pictures": len(own), "real_scenes": judge.success,
+        "scorer": judge.label, "pictures": len(own), "real_scenes": float(judge.successes[index]),
     }  # fmt: skip
 
 
@@ -123,15 +125,12 @@ def _interval(values: np.ndarray, groups: Sequence[Any]) -> dict[str, float]:
 
 def study_pair(bench: Bench, pair: tuple[str, str], method: str, out: Path) -> dict[str, Any]:
     """One method on one pair: pictures of five scenes, joint success, identity, alignment, held-out collage loss."""
-    started, judge = time.monotonic(), bench.double
+    started = time.monotonic()
     experts = [bench.expert(name) for name in pair]
     composition, trained = _composition(bench, pair, experts, method, out)
     prompts = _prompts(bench, pair)
     with composition:
         pictures = bench.draw(prompts, composition)
-    scores = judge.scores(pictures)
-    targets = [(bench.names.index(pair[0]), bench.names.index(pair[1]))] * len(pictures)
-    found = judge.find(scores, targets)
     texts = [bench.cards[name]["class"] for name in pair]
     plain = [
         prompt.replace(bench.phrase(pair[0]), texts[0]).replace(bench.phrase(pair[1]), texts[1]) for prompt in prompts
@@ -141,13 +140,36 @@ def study_pair(bench: Bench, pair: tuple[str, str], method: str, out: Path) -> d
     pool = _held_out_pool(bench, pair)
     with composition:
         losses = held_out_collage_loss(composition, bench.pipe, bench.base, pool)
-    identity = scores[..., list(targets[0])].max(1)
     return {
-        "pair": list(pair), "method": method, "success": found.success.tolist(), "identity": identity.mean(1).tolist(),
+        "pair": list(pair), "method": method, **judge_pair(bench, pair, pictures), "seeds": bench.seeds,
         "alignment": aligned.tolist(), "collage": losses.tolist(), "train_seconds": trained,
-        "seconds": time.monotonic() - started, "scorer": judge.label,
-        "alignment_scorer": bench.alignment.label, "real_scenes": judge.success,
+        "seconds": time.monotonic() - started,
+        "alignment_scorer": bench.alignment.label, "guidance": bench.base.default_guidance, "steps": bench.steps,
     }  # fmt: skip
+
+
+def judge_pair(bench: Bench, pair: tuple[str, str], pictures: Tensor) -> dict[str, Any]:
+    """What the judge says of pictures of a pair: success and identity of each, and of real scenes."""
+    judge = bench.double
+    wanted = (bench.names.index(pair[0]), bench.names.index(pair[1]))
+    scores = judge.scores(pictures)
+    found = judge.find(scores, [wanted] * len(pictures))
+    return {
+        "success": found.success.tolist(), "identity": scores[..., list(wanted)].max(1).mean(1).tolist(),
+        "scorer": judge.label, "real_scenes": judge.success,
+    }  # fmt: skip
+
+
+def judge_again(bench: Bench, path: Path) -> dict[str, Any]:
+    """A pair's result with its stored pictures seen by today's judge; everything else stays."""
+    from PIL import Image
+
+    record = json.loads(path.read_text())
+    with Image.open(path.parents[1] / "sheets" / f"{path.stem}.png") as sheet:
+        pixels, side = np.asarray(sheet.convert("RGB")), bench.base.resolution
+    rows = pixels.reshape(pixels.shape[0] // side, side, pixels.shape[1] // side, side, 3).swapaxes(1, 2)
+    pictures = torch.stack([to_tensor(picture) for picture in rows.reshape(-1, side, side, 3)])
+    return {**record, **judge_pair(bench, tuple(record["pair"]), pictures)}
 
 
 def _prompts(bench: Bench, pair: tuple[str, str]) -> list[str]:
@@ -214,7 +236,10 @@ def table(out: Path) -> str:
             cells = [_cell(rows, key) for key in ("success", "identity", "alignment", "collage")]
             seconds = np.mean([r["train_seconds"] for r in rows])
             lines.append(f"| {method} | {' | '.join(cells)} | {len(rows)} | {seconds:.0f} |")
-    lines += ["", *_paired(found)]
+    lines += ["", *_paired(found, "collage", "collage loss"), *_paired(found, "success", "joint success")]
+    lines += [f"- joint success of real scenes: {r['real_scenes']:.2f}" for r in found[:1]]
+    if len({(r["scorer"], r["real_scenes"]) for r in found}) > 1:
+        lines.append("- **Several judges made these: run `--part judge`.**")
     return "\n".join(lines) + "\n"
 
 
@@ -224,18 +249,24 @@ def _cell(rows: list[dict[str, Any]], key: str) -> str:
     return str(bootstrap_interval(values, groups))
 
 
-def _paired(found: list[dict[str, Any]]) -> list[str]:
-    """Differences of the held-out collage loss, scene by scene, with intervals over pairs."""
-    by = {(tuple(r["pair"]), r["method"]): np.asarray(r["collage"]) for r in found}
+def _paired(found: list[dict[str, Any]], key: str, words: str) -> list[str]:
+    """Differences scene by scene or picture by picture, with intervals over pairs."""
+    by = {(tuple(r["pair"]), r["method"]): np.asarray(r[key], float) for r in found}
     lines = []
-    for gate in ("sample", "token"):
-        for other in ("nla", "static"):
-            pairs = [pair for pair, method in by if method == gate and (pair, other) in by]
-            if pairs:
-                gaps = np.concatenate([by[pair, gate] - by[pair, other] for pair in pairs])
-                groups = [pair for pair in pairs for _ in by[pair, gate]]
-                lines.append(f"- collage loss, {gate} minus {other}: {bootstrap_interval(gaps, groups)}")
+    for gate, other in itertools.product(("sample", "token"), ("nla", "static")):
+        pairs = [pair for pair, method in by if method == gate and (pair, other) in by]
+        if pairs:
+            gaps = np.concatenate([by[pair, gate] - by[pair, other] for pair in pairs])
+            groups = [pair for pair in pairs for _ in by[pair, gate]]
+            lines.append(f"- {words}, {gate} minus {other}: {bootstrap_interval(gaps, groups)}")
     return lines
+
+
+def _save(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(record) + "\n")
+    os.replace(temporary, path)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -247,7 +278,11 @@ def main(args: argparse.Namespace) -> int:
     if args.part != "table":
         bench = Bench(assets_dir() / "demo", args.steps, args.seeds)
         jobs: list[tuple[Path, Any]] = []
-        if args.part == "subjects":
+        if args.part == "judge":
+            for number in args.only or range(len(PAIRS)):
+                for path in sorted((out / "pairs").glob(f"{'+'.join(PAIRS[number])}.*.json")):
+                    _save(path, judge_again(bench, path))
+        elif args.part == "subjects":
             for number in args.only or range(len(bench.names)):
                 name = bench.names[number]
                 jobs.append((out / "subjects" / f"{name}.json", lambda name=name: study_subject(bench, name)))
@@ -258,8 +293,7 @@ def main(args: argparse.Namespace) -> int:
                     jobs.append((path, lambda n=number, m=method: study_pair(bench, PAIRS[n], m, out)))
         for path, job in jobs:
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(job()) + "\n")
+                _save(path, job())
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(out))
     return 0

@@ -1,9 +1,9 @@
 """Is a drawn subject itself? The study's judge of scenes of one or two demo subjects.
 
 Like is compared with like: held-out views at the size at which subjects stand in a scene, and through the base's own
-autoencoder, which nothing drawn can beat. Against sharp, large views the same real scenes are found in 78 % of cases
-before that autoencoder and in none after it (LOG.md), so that no method could have won. Thresholds and ceilings
-come from real scenes alone, never from what a method drew.
+autoencoder. Against sharp, large views real scenes are found in 78 % of cases before that autoencoder and in none after
+it (LOG.md), so that no method could have won. Thresholds come from real scenes of the training views, never from what a
+method drew; ceilings from other such scenes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from training.base.scenes import COLOURS, EXTENTS, paint_background, paste, slot
 
 FRAME = 1.16
 """A framed view is so much wider than the subject in it (views.frame)."""
-_SCENES = 60
 
 
 class SubjectJudge:
@@ -36,23 +35,35 @@ class SubjectJudge:
         names: all subjects, in the order of the last axis of scores.
         thresholds: (C,) what a place must reach to count as its subject.
         success: share of real scenes, as the base can show them, in which all subjects are found.
+        successes: (C,) the same of the scenes that show a subject.
         ceilings: (C,) likeness that a subject reaches in those.
+
+    Args:
+        views: cut-outs (4, h, w) by subject that pictures are compared with.
+        posed: other cut-outs of the same subjects, that real scenes are composed of.
+        count: subjects in a scene.
+        each: real scenes per subject, for thresholds and again for ceilings.
     """
 
-    def __init__(self, base: Base, pipe: Any, views: Mapping[str, Sequence[Tensor]], count: int) -> None:
-        self._base, self._pipe, self._count = base, pipe, count
+    def __init__(
+        self, base: Base, pipe: Any, views: Mapping[str, Sequence[Tensor]], posed: Mapping[str, Sequence[Tensor]],
+        count: int, each: int = 20,
+    ) -> None:  # fmt: skip
+        self._base, self._pipe, self._count, self._each = base, pipe, count, each
         self.names, size = tuple(views), base.resolution
         side = EXTENTS[count] * FRAME
         self.boxes = windows(size, size, scales=(side, min(1.0, 1.2 * side)))
         self.overlaps = overlap(self.boxes).numpy()
-        scenes, self._shown = self._real_scenes([list(v) for v in views.values()])
-        shown = self.as_base(scenes)
-        plain = EfficientNetIdentity(size=128)
-        self.identity: IdentityScorer = CentredIdentity.fit(plain, shown)
+        cutouts = [list(posed[name]) for name in views]
+        pictures, shown = self._real_scenes(cutouts, seed=11)
+        self.identity: IdentityScorer = CentredIdentity.fit(EfficientNetIdentity(size=128), pictures)
         self.gallery = Gallery.build(views, self.identity, show=self._in_place)
-        scores = self.scores(shown)
-        self.thresholds, self.ceilings = self._calibrate(scores.max(1))
-        self.success = float(self.find(scores, self._shown).success.mean())
+        self.thresholds = _thresholds(self.scores(pictures).max(1), _there(shown, len(cutouts)))
+        pictures, shown = self._real_scenes(cutouts, seed=12)
+        scores, there = self.scores(pictures), _there(shown, len(cutouts))
+        found = self.find(scores, shown).success
+        self.success, self.successes = float(found.mean()), np.array([found[column].mean() for column in there.T])
+        self.ceilings = np.array([scores.max(1)[there[:, c], c].mean() for c in range(len(cutouts))])
 
     @property
     def label(self) -> str:
@@ -82,36 +93,42 @@ class SubjectJudge:
         cut = scene[..., edge : edge + side, edge : edge + side]
         return F.interpolate(cut, framed.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
 
-    def _real_scenes(self, views: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[tuple[int, ...]]]:
-        """Composed scenes of held-out views, and which subjects stand in them from left to right."""
-        rng, size = np.random.default_rng(11), self._base.resolution
+    def _real_scenes(self, cutouts: Sequence[Sequence[Tensor]], seed: int) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """Composed scenes as the base can show them, and which subjects stand in them from left to right."""
+        rng, size, subjects = np.random.default_rng(seed), self._base.resolution, len(cutouts)
         made, shown = [], []
-        for index in range(_SCENES):
-            subjects = rng.choice(len(views), self._count, replace=False)
+        for index in range(self._each * subjects // self._count):
+            others = rng.permutation(np.delete(np.arange(subjects), index % subjects))[: self._count - 1]
+            numbers = rng.permutation([index % subjects, *others])
             picture = paint_background(str(rng.choice(list(COLOURS))), size, rng)
-            for slot, number in zip(slots(self._count), subjects, strict=True):
-                view = views[number][index % len(views[number])]
+            for (x, y, extent), number in zip(slots(self._count), numbers, strict=True):
+                view = cutouts[number][int(rng.integers(len(cutouts[number])))]
                 cutout = (view.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-                x, y, extent = slot
                 where = (size * snap(x, size), size * snap(y, size))
                 picture, _ = paste(picture, cutout, size * extent, where, rng, flip=False, rotate=0)
             made.append(to_tensor(np.clip(picture, 0, 255).astype(np.uint8)))
-            shown.append(tuple(int(number) for number in subjects))
-        return torch.stack(made), shown
+            shown.append(tuple(int(number) for number in numbers))
+        return self.as_base(torch.stack(made)), shown
 
-    def _calibrate(self, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Thresholds and mean likeness (C,) from the best likeness (B, C) in real scenes."""
-        there = np.zeros(best.shape, bool)
-        for row, subjects in enumerate(self._shown):
-            there[row, list(subjects)] = True
-        columns = range(len(self.names))
-        present = [best[there[:, c], c] for c in columns]
-        # At most the tenth percentile of real subjects: a drawing may be a poor view, but not another subject.
-        limits = [
-            min(calibrate_threshold(present[c], best[~there[:, c], c]).threshold, float(np.quantile(present[c], 0.1)))
-            for c in columns
-        ]
-        return np.array(limits), np.array([values.mean() for values in present])
+
+def _there(shown: Sequence[tuple[int, ...]], subjects: int) -> np.ndarray:
+    """(B, C) whether a scene shows a subject."""
+    there = np.zeros((len(shown), subjects), bool)
+    for row, numbers in enumerate(shown):
+        there[row, list(numbers)] = True
+    return there
+
+
+def _thresholds(best: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """(C,) from the best likeness (B, C) in real scenes, at most the tenth percentile of those that show the subject.
+
+    A drawing may be a poor view, but not another subject.
+    """
+    limits = []
+    for values, own in zip(best.T, there.T, strict=True):
+        calibrated = calibrate_threshold(values[own], values[~own]).threshold
+        limits.append(min(calibrated, float(np.quantile(values[own], 0.1))))
+    return np.array(limits)
 
 
 def to_tensor(picture: np.ndarray) -> Tensor:

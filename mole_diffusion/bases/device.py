@@ -60,7 +60,7 @@ def _default_precision(device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float16, "the GPU has no native bfloat16"
     if device.type == "mps":
         return torch.float16, "Apple's GPU is fastest in float16"
-    return torch.float32, "exact, and fast enough everywhere; bfloat16 pays on CPUs with AMX only"
+    return torch.float32, "exact, and fast enough everywhere; bfloat16 pays on few CPUs"
 
 
 def _named_precision(precision: str) -> torch.dtype:

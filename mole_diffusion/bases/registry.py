@@ -37,13 +37,14 @@ _HUB: dict[str, dict[str, Any]] = {
         "half_vae": "madebyollin/sdxl-vae-fp16-fix",
     },
 }
-SAMPLING: dict[str, dict[str, Any]] = {
-    "demo": {"default_steps": 25, "default_guidance": 2.0},
+DEMO_GUIDANCE = 2.0
+"""The shipped demo base shows fewer things above 3 (LOG.md)."""
+_SAMPLING: dict[str, dict[str, Any]] = {
+    "demo": {"default_steps": 25, "default_guidance": 5.0},
     "sd1": {"default_steps": 30, "default_guidance": 7.5},
     "sd21": {"default_steps": 30, "default_guidance": 7.5},
     "sdxl": {"default_steps": 30, "default_guidance": 5.0},
 }
-"""How a family is sampled unless the user says otherwise."""
 
 
 def get_base(name: str | Path, *, revision: str = "main") -> Base:
@@ -80,7 +81,8 @@ def _demo() -> Base:
         raise InvalidRequest(
             f"The demo base is missing from {folder}: restore the assets folder, or choose another base."
         )
-    return replace(_from_folder(folder, name="demo", title=BASES["demo"]), on_slots=True)
+    found = _from_folder(folder, name="demo", title=BASES["demo"])
+    return replace(found, on_slots=True, default_guidance=DEMO_GUIDANCE)
 
 
 def _from_hub(name: str, revision: str) -> Base:
@@ -96,7 +98,7 @@ def _from_hub(name: str, revision: str) -> Base:
         **_sizes(read_configs(configs_source)),
         **facts,
         **_VIT_B32,
-        **SAMPLING[facts["family"]],
+        **_SAMPLING[facts["family"]],
     )
 
 
@@ -117,7 +119,7 @@ def _from_folder(folder: Path, *, name: str, title: str) -> Base:
             configs_source=folder,
             **_sizes(configs),
             **_alignment(family),
-            **SAMPLING[family],
+            **_SAMPLING[family],
         )
     except (KeyError, TypeError) as error:
         raise InvalidFile(

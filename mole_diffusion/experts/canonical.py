@@ -90,7 +90,7 @@ class Expert:
         base: family it was trained for ("demo", "sd21", "sdxl", …), None = the file does not say.
         trigger: words that call the subject in a prompt.
         role: subject and style experts are gated; an accelerator (LCM, Lightning) is always on with weight 1.
-        sha256: content hash of the file.
+        sha256: content hash of the file, and of the configuration beside it in a PEFT folder.
     """
 
     name: str

@@ -36,10 +36,10 @@ def open_lora(source: Source, shapes: ModuleShapes | None = None) -> Opened:
         InvalidFile: as :func:`load_expert`, but not for unmatched keys.
     """
     source = weights_of(source)
+    beside = config_beside(source)
     recognise(read_header(source))
     data = read_bytes(source)
     header = read_header(data)
-    beside = config_beside(source)
     header = replace(header, metadata={**header.metadata, **beside})
     layout = recognise(header)
     tensors = read_tensors(data)
@@ -84,5 +84,7 @@ def to_expert(opened: Opened, *, name: str, trigger: str | None = None, role: Ro
 def _default_name(source: Source, opened: Opened) -> str:
     if isinstance(source, bytes):
         return about.title(opened.header.metadata) or opened.sha256[:8]
-    path = Path(source)
+    path = Path(source).resolve()
+    if path.is_dir():
+        return path.name
     return path.parent.name if path.name == WEIGHTS else path.stem

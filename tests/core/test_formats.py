@@ -207,6 +207,11 @@ def test_a_folder_of_peft_is_read_with_its_own_scales(options: dict[str, Any], p
     changed = json.loads(config.read_text()) | {"lora_alpha": 7}
     config.write_text(json.dumps(changed))
     assert Expert.load(tmp_path / "hero").sha256 != expert.sha256, "the scale belongs to the content"
+    for wrong, part in (({"alpha_pattern": {"attn[12].to_q": 8}}, "no plain module name"),
+                        ({"init_lora_weights": "pissa"}, "changed base")):  # fmt: skip
+        config.write_text(json.dumps(changed | wrong))
+        with pytest.raises(InvalidFile, match=part):
+            Expert.load(tmp_path / "hero")
     config.write_text(json.dumps(changed | {"peft_type": "IA3"}))
     with pytest.raises(InvalidFile, match="IA3"):
         Expert.load(tmp_path / "hero")

@@ -34,7 +34,8 @@ def test_tables_give_intervals_over_pairs_and_paired_differences(tmp_path):
         for method, loss in (("nla", 0.5), ("token", 0.4 + 0.01 * number)):
             record = {
                 "pair": pair, "method": method, "success": [method == "token", True], "identity": [0.5, 0.7],
-                "alignment": [0.2, 0.3], "collage": [loss, loss], "train_seconds": 3.0,
+                "alignment": [0.2, 0.3], "collage": [loss, loss], "train_seconds": 3.0, "scorer": "a",
+                "real_scenes": 0.9,
             }  # fmt: skip
             (tmp_path / "pairs" / f"{'+'.join(pair)}.{method}.json").write_text(json.dumps(record))
     (tmp_path / "subjects").mkdir()
@@ -46,14 +47,20 @@ def test_tables_give_intervals_over_pairs_and_paired_differences(tmp_path):
     text = table(tmp_path)
     assert "| robot | 0.600 [0.500, 0.700] | 0.100 | 0.900 | 1.00 (0.90) | 0.90 (0.95) |" in text
     assert "| nla | 0.500 [0.500, 0.500] |" in text and "| token | 1.000 [1.000, 1.000] |" in text
-    assert "- collage loss, token minus nla: -0.075" in text
+    assert "- collage loss, token minus nla: -0.075" in text and "- joint success, token minus nla: 0.500" in text
+    assert "Several judges" not in text
+    other = tmp_path / "pairs" / "robot+zombie.nla.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"scorer": "b"}))
+    assert "Several judges" in table(tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_judge_finds_real_subjects_as_the_base_shows_them_and_nothing_in_bare_grounds(count):
     base = get_base("demo")
     folders = sorted((assets_dir() / "demo" / "subjects").glob("*/heldout"))[:4]
-    judge = SubjectJudge(base, base.load(), {f.parent.name: load_views(f) for f in folders}, count)
-    assert judge.success > 0.7 and (judge.ceilings > judge.thresholds).all()
+    views = {folder.parent.name: load_views(folder) for folder in folders}
+    posed = {folder.parent.name: load_views(folder.parent / "train") for folder in folders}
+    judge = SubjectJudge(base, base.load(), views, posed, count, each=6)
+    assert judge.success > 0.6 and (judge.ceilings > judge.thresholds).all()
     bare = to_tensor(paint_background("green", 64, np.random.default_rng(0)).astype(np.uint8))[None]
     assert not judge.find(judge.scores(judge.as_base(bare)), [tuple(range(count))]).success.any()

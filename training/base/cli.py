@@ -174,6 +174,8 @@ def _parts(world: _World):
     encoder = clip.text_encoder(scorer, CONTEXT)
     if world.args.warm_start:  # both or none: a denoiser reads the text encoder that it was trained with
         folder = world.args.warm_start / "base"
+        if found is None:
+            scorer.load_state_dict(load_file(world.args.warm_start / "clip" / "open_clip_model.safetensors"))
         unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
         encoder.load_state_dict(load_file(folder / "text_encoder" / "model.safetensors"), strict=False)
     return unet, encoder, scorer

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from mole_diffusion.bases.registry import SAMPLING
+from mole_diffusion.bases.registry import DEMO_GUIDANCE
 from mole_diffusion.bases.tokenizer import clip_tokenizer
 from training.base.autoencoder import PatchBasis, to_tensor
 from training.base.corpus import THING_NAMES
@@ -169,13 +169,13 @@ def pipeline(
 
 def draw(pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int]) -> np.ndarray:
     """(B, H, W, 3) uint8 pictures, sampled as the product does; each has its own seed, so a batch changes nothing."""
-    pictures, usual = [], SAMPLING["demo"]
+    pictures = []
     for start in range(0, len(prompts), 32):
         part = slice(start, start + 32)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         output: Any = pipe(
-            prompts[part], num_inference_steps=usual["default_steps"], guidance_scale=usual["default_guidance"],
-            guidance_rescale=0.7, generator=generators, output_type="np",
+            prompts[part], num_inference_steps=25, guidance_scale=DEMO_GUIDANCE, guidance_rescale=0.7,
+            generator=generators, output_type="np",
         )  # fmt: skip
         pictures.append((output.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)

@@ -22,6 +22,7 @@ _REFUSED = {
     "arrow_config": "Arrow routing",
     "modules_to_save": "fully trained modules",
 }
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class AdapterConfigs:
         common = {key: value for key, value in flat.items() if key.split(".", 1)[0] not in COMPONENTS}
         configs = {component: {**common, **_fields(flat, component)} for component in COMPONENTS}
         for config in configs.values():
+            start = str(config.get("init_lora_weights", "")).lower()
+            if start.startswith(_CHANGE_THE_BASE):
+                raise InvalidFile(
+                    f"This LoRA was begun with {start[:20]!r} and belongs to a changed base: save it as a LoRA first "
+                    "(PEFT: save_pretrained(path_initial_model_for_weight_conversion=…))."
+                )
             for field, meaning in _REFUSED.items():
                 if config.get(field):
                     raise InvalidFile(f"This LoRA uses {meaning} ({field}), which is not supported: merge it first.")
@@ -75,11 +82,17 @@ def _fields(flat: Mapping[str, Any], component: str) -> dict[str, Any]:
 
 
 def _pattern(patterns: Any, path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that equals the path or ends it after a dot; literal names only."""
+    """PEFT's rule: the first pattern that equals the path or ends it after a dot; literal names only.
+
+    Raises:
+        InvalidFile: PEFT would read the pattern as a regular expression, which strangers' files may not bring.
+    """
     if not isinstance(patterns, dict):
         return default
     bare = path.removeprefix("text_model.")
     for pattern, value in patterns.items():
+        if re.search(r"[\\\[\](){}*+?|]", str(pattern)):
+            raise InvalidFile(f"The alpha pattern {str(pattern)[:60]!r} is no plain module name: not supported.")
         literal = re.sub(r"^\^|\$$", "", str(pattern)).removeprefix("text_model.")
         if bare == literal or bare.endswith(f".{literal}"):
             return value

@@ -58,7 +58,7 @@ def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | 
     if not configs and any(key.startswith(_PEFT_PREFIX) for key in tensors):
         raise InvalidFile(
             "This file was written by PEFT's save_pretrained; its scale is in the adapter_config.json beside it, which "
-            "is missing here: open the whole folder, or export the LoRA with save_lora_weights or in kohya's format."
+            "is missing here: export the LoRA with save_lora_weights, or in kohya's format."
         )
     modules: dict[str, LowRank] = {}
     alphas: dict[str, float] = {}

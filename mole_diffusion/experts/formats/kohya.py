@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mole_diffusion.experts.canonical import LowRank
 from mole_diffusion.experts.formats import Converted
-from mole_diffusion.experts.formats.lycoris import build_lycoris
+from mole_diffusion.experts.formats.lycoris import Budget, build_lycoris
 from mole_diffusion.experts.formats.pairs import Parts, build_pair, unmatched_keys
 from mole_diffusion.experts.names import Resolver
 from mole_diffusion.experts.safefile import Header
@@ -55,9 +55,11 @@ def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | 
     modules: dict[str, LowRank] = {}
     alphas: dict[str, float] = {}
     errors: dict[str, float] = {}
+    budget = Budget()
     placed: set[str] = set()
     for module, parts in grouped.items():
-        built = (build_pair if parts.keys.keys() <= _PLAIN else build_lycoris)(module, parts)
+        plain = parts.keys.keys() <= _PLAIN
+        built = build_pair(module, parts) if plain else build_lycoris(module, parts, budget)
         if built is None:
             continue
         modules[module] = built.pair

@@ -48,13 +48,23 @@ def build_pair(module: str, parts: Parts, default_scale: float | None = None) ->
         if tuple(up.shape[2:]) != (1, 1):
             raise InvalidFile(f"The up weight of {module} has the shape {tuple(up.shape)}, expected a 1×1 convolution.")
         up = up.flatten(1)
-    down, up = (tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in (down, up))
+    down, up = (_single(module, tensor) for tensor in (down, up))
     alpha = read_alpha(module, parts.tensors.get("alpha"))
     if alpha:
         scale = alpha / down.shape[0] if down.shape[0] else 1.0
     else:
         scale = 1.0 if default_scale is None else default_scale
     return Built(LowRank(down, up, scale), alpha or None)
+
+
+def _single(module: str, tensor: Tensor) -> Tensor:
+    """At most fp32; what overflows there is refused."""
+    if tensor.dtype != torch.float64:
+        return tensor
+    single = tensor.float()
+    if not single.isfinite().all():
+        raise InvalidFile(f"The weights of {module} are too large for float32: the file is damaged.")
+    return single
 
 
 def unmatched_keys(all_keys: Mapping[str, object], placed: set[str]) -> tuple[str, ...]:
