@@ -102,14 +102,10 @@ def _forecasts(file: Path, others: Sequence[Path], base: Base | None) -> dict[st
     from mole_diffusion.experts import Expert, check_fits, forecast_collisions
 
     shapes = base.module_shapes() if base else None
-    own, found = Expert.load(file, shapes=shapes) if others else None, {}
-    for path in others:
-        other = Expert.load(path, shapes=shapes)
-        if base:
-            check_fits(other, base)
-        assert own is not None
-        found[str(path)] = forecast_collisions(own, other)
-    return found
+    experts = [Expert.load(path, shapes=shapes) for path in (file, *others)] if others else []
+    for expert in experts if base else []:
+        check_fits(expert, base)  # type: ignore[arg-type]
+    return {str(path): forecast_collisions(experts[0], other) for path, other in zip(others, experts[1:], strict=True)}
 
 
 def _generate(arguments: argparse.Namespace) -> int:

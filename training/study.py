@@ -31,9 +31,10 @@ from mole_diffusion.scoring.intervals import bootstrap_interval
 from mole_diffusion.scoring.views import load_views
 from training.base.scenes import COLOURS, article, background_phrase
 from training.build import GateExpert, build_gate
+from training.data.paste import to_tensor
 from training.objectives.collage import CollageConfig, make_pool
 from training.objectives.held_out import held_out_collage_loss
-from training.study_judge import SubjectJudge, to_tensor
+from training.study_judge import SubjectJudge
 from training.study_options import BACKGROUNDS, METHODS, PAIRS, SCENES, TRAINED
 from training.tasks.gate import GateTrainingConfig
 
@@ -82,11 +83,9 @@ class Bench:
         """``seeds`` pictures of every prompt, (prompts * seeds, 3, H, W) in 0..1."""
         made = []
         for prompt in prompts:
-            request = GenerationRequest(
-                prompt, count=self.seeds, steps=20, guidance=self.base.default_guidance, score_every=0, preview_every=0
-            )
+            request = GenerationRequest(prompt, count=self.seeds, steps=20, score_every=0, preview_every=0)
             result = generate(self.pipe, self.base, request, composition=composition)
-            made += [to_tensor(np.asarray(image)) for image in result.images]
+            made += [to_tensor(image) for image in result.images]
         return torch.stack(made)
 
 
@@ -168,7 +167,7 @@ def judge_again(bench: Bench, path: Path) -> dict[str, Any]:
     with Image.open(path.parents[1] / "sheets" / f"{path.stem}.png") as sheet:
         pixels, side = np.asarray(sheet.convert("RGB")), bench.base.resolution
     rows = pixels.reshape(pixels.shape[0] // side, side, pixels.shape[1] // side, side, 3).swapaxes(1, 2)
-    pictures = torch.stack([to_tensor(picture) for picture in rows.reshape(-1, side, side, 3)])
+    pictures = torch.from_numpy(rows.reshape(-1, side, side, 3).copy()).permute(0, 3, 1, 2).float() / 255
     return {**record, **judge_pair(bench, tuple(record["pair"]), pictures)}
 
 

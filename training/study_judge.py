@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mole_diffusion.bases import Base
@@ -23,6 +24,7 @@ from mole_diffusion.scoring.place import overlap, place_scores, windows
 from mole_diffusion.scoring.report import Found, find_subjects
 from mole_diffusion.scoring.views import Gallery
 from training.base.scenes import COLOURS, EXTENTS, paint_background, paste, slots, snap
+from training.data.paste import to_tensor
 
 FRAME = 1.16
 """A framed view is so much wider than the subject in it (views.frame)."""
@@ -74,7 +76,7 @@ class SubjectJudge:
         """Pictures (B, 3, H, W) in 0…1 through the base's autoencoder: the best that it could draw."""
         with torch.no_grad():
             parts = [self._base.decode(self._pipe, self._base.to_latents(self._pipe, p)) for p in pictures.split(32)]
-        return torch.cat(parts).clamp(0, 1).cpu()
+        return torch.cat(parts).cpu()
 
     def scores(self, pictures: Tensor) -> np.ndarray:
         """(B, windows, subjects) likeness."""
@@ -106,7 +108,7 @@ class SubjectJudge:
                 cutout = (view.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
                 where = (size * snap(x, size), size * snap(y, size))
                 picture, _ = paste(picture, cutout, size * extent, where, rng, flip=False, rotate=0)
-            made.append(to_tensor(np.clip(picture, 0, 255).astype(np.uint8)))
+            made.append(to_tensor(Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))))
             shown.append(tuple(int(number) for number in numbers))
         return self.as_base(torch.stack(made)), shown
 
@@ -129,8 +131,3 @@ def _thresholds(best: np.ndarray, there: np.ndarray) -> np.ndarray:
         calibrated = calibrate_threshold(values[own], values[~own]).threshold
         limits.append(min(calibrated, float(np.quantile(values[own], 0.1))))
     return np.array(limits)
-
-
-def to_tensor(picture: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) in 0…1."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -12,7 +12,7 @@ from mole_diffusion.bases import assets_dir, get_base
 from mole_diffusion.scoring.views import load_views
 from training.base.scenes import COLOURS, paint_background
 from training.study import _ground, table
-from training.study_judge import SubjectJudge, to_tensor
+from training.study_judge import SubjectJudge
 from training.study_options import METHODS, PAIRS
 
 
@@ -62,5 +62,7 @@ def test_the_judge_finds_real_subjects_as_the_base_shows_them_and_nothing_in_bar
     posed = {folder.parent.name: load_views(folder.parent / "train") for folder in folders}
     judge = SubjectJudge(base, base.load(), views, posed, count, each=6)
     assert judge.success > 0.4 and judge.ceilings.mean() > judge.thresholds.mean()
-    bare = to_tensor(paint_background("green", 64, np.random.default_rng(0)).astype(np.uint8))[None]
+    bare = (
+        torch.from_numpy(paint_background("green", 64, np.random.default_rng(0)) / 255).float().permute(2, 0, 1)[None]
+    )
     assert not judge.find(judge.scores(judge.as_base(bare)), [tuple(range(count))]).success.any()
