@@ -1,5 +1,5 @@
 # `make app` starts the page, `make test` checks everything; each sets up what it needs in .venv.
-# ARGS goes to the program: make app ARGS="--port 7861", make test ARGS="tests/test_repository.py -k readme".
+# ARGS goes to the program: make app ARGS="--port 7861", make test ARGS="tests/repository -k commands".
 
 VENV := .venv
 BIN := $(VENV)/bin
