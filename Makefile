@@ -22,9 +22,10 @@ app: $(VENV)/.runtime
 
 setup: $(VENV)/.dev
 
-# Tests start several processes: threads that wait must not spin on cores that others need.
+# One test process per core, one thread each: tiny models gain nothing from more, and processes that wait must not spin.
 test: lint
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False \
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
