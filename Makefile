@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 ARGS ?=
 
-.PHONY: help setup app test lint clean distclean
+.PHONY: help setup app test lint bench clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make app        start the page (ARGS="--port 7861" is passed on)'
 	@echo 'make test       lint, types and tests (ARGS is passed to pytest)'
 	@echo 'make setup      only create .venv with everything that tests need'
+	@echo 'make bench      what composing costs beside the base and other tools (ARGS="--size sdxl --device cuda --json")'
 	@echo 'make lint       only ruff and pyright'
 	@echo 'make clean      remove caches; make distclean also removes .venv'
 
@@ -30,6 +31,9 @@ test: lint
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+bench: $(VENV)/.dev
+	@OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.composition $(ARGS)
 
 clean:
 	rm -rf .pytest_cache .ruff_cache

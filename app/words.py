@@ -44,7 +44,7 @@ def sentence(inspection: Inspection, family: str) -> str:
     layers = sum(inspection.targets.values())
     made_by = f", made by {inspection.producer}" if inspection.producer else ""
     trigger = f"trigger “{inspection.trigger}”" if inspection.trigger else "no trigger named"
-    near = f" ({inspection.approximated} of them up to {inspection.error:.1%} off)" if inspection.approximated else ""
+    near = f" ({inspection.approximated} of them up to {inspection.error:.1%} off)" if inspection.error else ""
     return (
         f"A LoRA of rank {rank_words(inspection)} for {FAMILIES.get(family, family)}{made_by}, "
         f"{layers} {'layer' if layers == 1 else 'layers'}{near}, {trigger}."

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mole_diffusion.composition import Composition, compose
     from mole_diffusion.experts import Expert
-    from mole_diffusion.gates import GateConfig, StaticWeights, TriggerSpans
+    from mole_diffusion.gates import GateConfig, RouterConfig, StaticWeights, TriggerSpans
     from mole_diffusion.persist import load_composition
 
 _HOME = {
     "Expert": "experts",
     "GateConfig": "gates",
+    "RouterConfig": "gates",
     "StaticWeights": "gates",
     "TriggerSpans": "gates",
     "Composition": "composition",
@@ -24,6 +25,7 @@ __all__ = [
     "Composition",
     "Expert",
     "GateConfig",
+    "RouterConfig",
     "StaticWeights",
     "TriggerSpans",
     "compose",

@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--header", action="store_true", help="by names, shapes and alphas alone, weights unread")
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE",
+        help="token embeddings that belong to it (default: <name>_emb.safetensors beside it, where there is one)",
+    )  # fmt: skip
     parser.add_argument("--base", help=f"check that it fits: {', '.join(BASES)} or a pipeline folder")
     parser.add_argument(
         "--beside", action="append", default=[], type=Path, metavar="FILE",
@@ -85,7 +90,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from mole_diffusion.experts import inspect_file
 
     base = get_base(arguments.base) if arguments.base else None
-    found = inspect_file(arguments.file, base)
+    found = inspect_file(arguments.file, base, embeddings=arguments.embeddings or True, header_only=arguments.header)
     beside = _forecasts(arguments.file, arguments.beside, base) if found.ok else {}
     if arguments.json:
         reports = {"beside": {name: asdict(forecast) for name, forecast in beside.items()}} if arguments.beside else {}

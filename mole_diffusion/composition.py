@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from mole_diffusion.context import Context, Record
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.experts.canonical import Expert
 from mole_diffusion.experts.inspect import HasShapes, check_fits
-from mole_diffusion.functional import balance_loss, mean_gate, resample
+from mole_diffusion.functional import balance_loss, entropy_loss, mean_gate, resample
 from mole_diffusion.gates import GateConfig, LearnedGates, SpanGate, StaticGate, StaticWeights, TriggerSpans
-from mole_diffusion.gates.config import AnyGate, learned_static, nla, weighted_sum
+from mole_diffusion.gates.config import AnyGate, RouterConfig, learned_static, nla, weighted_sum
+from mole_diffusion.gates.router import RouterGates
+from mole_diffusion.hosts import host_for
 from mole_diffusion.merge import Merged, collapse, column_weights
 from mole_diffusion.plan import Plan, build_plan
-from mole_diffusion.prompts import Conditions, prompt_spans
+from mole_diffusion.prompts import Conditions
+from mole_diffusion.regions import Region, region_maps
 from mole_diffusion.trace import Trace
 
 __all__ = ["Composition", "StaticWeights", "TriggerSpans", "compose", "learned_static", "nla", "weighted_sum"]
@@ -32,14 +35,18 @@ def compose(
     *,
     gate: AnyGate | None = None,
     base: HasShapes | None = None,
+    outside: Sequence[str] = (),
 ) -> Composition:
     """Compose experts on a pipeline; use the result as a context manager, or attach and detach it.
 
     Args:
-        pipe: a diffusers pipeline with ``unet``, ``tokenizer`` and ``text_encoder`` (SDXL: also ``…_2``).
+        pipe: a diffusers pipeline with ``unet`` or ``transformer`` and its text encoders, a bare denoiser, a
+            transformers model, or any module whose linear and convolution layers experts name "module.<path>".
         experts: in the order of the weights.
         gate: default: the paper's block gate, one weight per expert and image.
         base: names the base in errors and in saved files.
+        outside: names of experts that stay outside the gate, always on with weight 1, such as a style; accelerators
+            always do.
 
     Raises:
         BaseMismatch: an expert does not fit.
@@ -47,7 +54,9 @@ def compose(
     """
     for expert in experts if base is not None else ():
         check_fits(expert, base)  # pyright: ignore[reportArgumentType]
-    return Composition(pipe, build_plan(pipe, experts), gate or GateConfig(), base)
+    config = gate or GateConfig()
+    plan = build_plan(host_for(pipe), experts, config.granularity, outside)
+    return Composition(pipe, plan, config, base)
 
 
 class Composition:
@@ -62,15 +71,17 @@ class Composition:
 
     def __init__(self, pipe: Any, plan: Plan, config: AnyGate, base: HasShapes | None = None) -> None:
         self.pipe = pipe
+        self.host = host_for(pipe)
         self.plan = plan
         self.config = config
         self.base = base
         self.recipe: dict[str, Any] = {}
-        self.gate = build_gate(plan, config).to(next(pipe.unet.parameters()).device).eval()
-        self._context = Context(plan, self.gate)
+        self.gate = build_gate(plan, config).to(next(self.host.models()[self.host.main].parameters()).device).eval()
+        self._context = Context(plan, self.gate, self._heard)
         self._attachment: Attachment | None = None
         self._merged: Merged | None = None
         self._record = True
+        self._subsets: Tensor | None = None
 
     # What it is.
 
@@ -106,8 +117,9 @@ class Composition:
         """Replace the target modules; base parameters take no gradient until :meth:`detach`."""
         if self._attachment is not None:
             raise InvalidRequest("This composition is already attached.")
-        build_plan(self.pipe, self.plan.experts)
-        self._attachment = Attachment(self.pipe, self.plan, self._context, self._heard)
+        outside = [expert.name for expert in self.plan.always]
+        build_plan(self.host, self.plan.experts, self.config.granularity, outside)  # has the model changed since?
+        self._attachment = Attachment(self.host, self.plan, self._context)
         return self
 
     def detach(self) -> None:
@@ -128,27 +140,70 @@ class Composition:
 
     # Prompts.
 
-    def condition(self, prompts: Sequence[str] | None, *, guidance: bool) -> None:
+    def condition(
+        self, prompts: Sequence[str] | None, *, guidance: bool, subsets: Sequence[Sequence[str]] | None = None
+    ) -> None:
         """Announce the next batches, for callers who encode prompts themselves.
 
         Args:
             prompts: the conditional prompts, in batch order; a batch may hold each several times in a row.
                 None = unknown (fine for gates that do not look at triggers).
             guidance: batches are [unconditional rows, conditional rows] of equal length.
+            subsets: for each prompt the names of the gated experts that it may use; None = those of
+                :meth:`use_subsets`, if any.
         """
         spans = None
         if prompts is not None and self.gate.needs_spans:
-            spans = prompt_spans(self.pipe, prompts, self.plan.gated)
-        self._context.conditions = Conditions(guidance, spans)
-        self._context.recorder.reset()
+            spans = self.host.spans(prompts, self.plan.gated)
+        chosen = self._subsets if subsets is None else self._as_mask(subsets)
+        self._context.announce(Conditions(guidance, spans, chosen))
 
-    def _heard(self, prompts: list[str] | None, guidance: bool) -> None:
+    def use_subsets(self, subsets: Sequence[Sequence[str]] | None) -> None:
+        """Give every prompt of the coming batches its own experts; text encoders keep them all.
+
+        Args:
+            subsets: for each prompt the names of its gated experts; None = all experts for all prompts again.
+
+        Raises:
+            InvalidRequest: an unknown name.
+        """
+        self._subsets = None if subsets is None else self._as_mask(subsets)
+        conditions = self._context.conditions
+        self._context.conditions = Conditions(conditions.guidance, conditions.spans, self._subsets)
+
+    def _as_mask(self, subsets: Sequence[Sequence[str]]) -> Tensor:
+        for name in (name for subset in subsets for name in subset):
+            self._check_name(name)
+        return torch.tensor([[expert.name in subset for expert in self.plan.gated] for subset in subsets])
+
+    def _heard(self, prompts: Sequence[str] | None, guidance: bool) -> None:
         """The pipeline encodes prompts; embeddings that come ready-made keep the prompts announced before."""
         if prompts is None:
-            self._context.conditions = Conditions(guidance, self._context.conditions.spans)
-            self._context.recorder.reset()
+            self._context.announce(Conditions(guidance, self._context.conditions.spans, self._subsets))
         else:
             self.condition(prompts, guidance=guidance)
+
+    # Regions.
+
+    def place(self, regions: Mapping[str, Region] | None, *, floor: float = 0.01) -> None:
+        """Say where experts belong: a prior on the weights of image tokens, log(region) added to their logits.
+
+        Args:
+            regions: expert name → a box (left, top, right, bottom) in 0…1, or a mask (H, W) in 0…1 of any size; experts
+                that are not named may be anywhere. None = no regions.
+            floor: the least prior, so that a region pulls and does not cut; 0 is allowed with plain sums only.
+
+        Raises:
+            InvalidRequest: an unknown name, a malformed region, or a floor that the gate cannot have.
+        """
+        if regions is None:
+            self._context.prior = None
+            return
+        for name in regions:
+            self._check_name(name)
+        if not 0 <= floor < 1 or (floor == 0 and self.gate.total != "free"):
+            raise InvalidRequest(f"A region's floor must be above 0 (0 with plain sums) and below 1, got {floor!r}.")
+        self._context.prior = region_maps([regions.get(expert.name) for expert in self.plan.gated], floor)
 
     # Masks.
 
@@ -161,9 +216,8 @@ class Composition:
         self._switch(names or self.names, True)
 
     def _switch(self, names: Sequence[str], on: bool) -> None:
-        unknown = [name for name in names if name not in self.names]
-        if unknown:
-            raise InvalidRequest(f"No expert is named {unknown[0]!r}; there are {', '.join(self.names)}.")
+        for name in names:
+            self._check_name(name)
         merged = self._merged is not None
         self.unmerge()
         count = len(self.plan.gated)
@@ -173,6 +227,10 @@ class Composition:
                 flags[column if column < count else column - count] = on
         if merged:
             self.merge()
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            raise InvalidRequest(f"No expert is named {name!r}; there are {', '.join(self.names)}.")
 
     # Training.
 
@@ -198,10 +256,13 @@ class Composition:
         """Inference mode."""
         return self.train(False)
 
-    def balance_loss(self, token_mask: Tensor | None = None) -> Tensor:
+    def balance_loss(
+        self, token_mask: Tensor | None = None, *, kind: Literal["product", "entropy"] = "product"
+    ) -> Tensor:
         """L_balance (Eq. 14-15) of the last UNet call, differentiable; masked experts are left out.
 
         Args:
+            kind: "product" = the paper's; "entropy" = the negative entropy of the same mean gate.
             token_mask: (B, H, W) over the conditional rows (or all rows), where the subjects are, at any resolution;
                 token gates are averaged there. Gates of the sample scope have no places and do not need it.
 
@@ -214,7 +275,8 @@ class Composition:
         means = torch.stack(
             [mean_gate(record.probabilities, _places(record, token_mask)) for record in records.values()]
         )
-        return balance_loss(means, self._context.mask(means.device))
+        loss = entropy_loss if kind == "entropy" else balance_loss
+        return loss(means, self._context.mask(means.device))
 
     # Traces.
 
@@ -265,7 +327,7 @@ class Composition:
         return save_composition(self, path)
 
 
-def build_gate(plan: Plan, config: AnyGate) -> LearnedGates | StaticGate | SpanGate:
+def build_gate(plan: Plan, config: AnyGate) -> LearnedGates | StaticGate | SpanGate | RouterGates:
     """The gate module for a plan.
 
     Raises:
@@ -276,6 +338,8 @@ def build_gate(plan: Plan, config: AnyGate) -> LearnedGates | StaticGate | SpanG
         return StaticGate(plan.blocks, count, config)
     if isinstance(config, GateConfig):
         return LearnedGates(plan.blocks, count, config)
+    if isinstance(config, RouterConfig):
+        return RouterGates(plan.sizes, config)
     triggers = [expert.trigger for expert in plan.gated]
     if not all(triggers):
         nameless = next(expert.name for expert in plan.gated if not expert.trigger)

@@ -21,13 +21,13 @@ def nla_weights(count: int, mask: Tensor | None = None) -> Tensor:
 
     Args:
         count: N.
-        mask: (N,) bool, True = active.
+        mask: (…, N) bool, True = active.
 
     Returns:
-        (N,) fp32; all zero where nothing is active.
+        (N,) fp32, or shaped like ``mask``; all zero where nothing is active.
     """
-    weights = torch.full((count,), 1.0 / count if count else 0.0)
-    return weights if mask is None else renormalise(weights.to(mask.device), mask)
+    weights = torch.full((count,), 1.0 / count if count else 0.0, device=None if mask is None else mask.device)
+    return weights if mask is None else renormalise(weights, mask)
 
 
 def renormalise(weights: Tensor, mask: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def renormalise(weights: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         weights: (…, N).
-        mask: (N,) bool, True = active.
+        mask: bool, True = active; (N,), or any shape that broadcasts with the weights.
 
     Returns:
         (…, N). Active weights that sum to 0 (one LoRA minus another) have no proportion: they stay as they are.
@@ -52,7 +52,7 @@ def softmax_gate(logits: Tensor, tau: Tensor | float = 1.0, mask: Tensor | None 
     Args:
         logits: ε, (…, N).
         tau: temperature > 0, a number or a 0-d tensor.
-        mask: (N,) bool, True = active; None = all.
+        mask: bool, True = active, (N,) or broadcastable; None = all.
 
     Returns:
         (…, N); all zero where nothing is active. Equal to :func:`renormalise` of the unmasked gate.
@@ -60,7 +60,7 @@ def softmax_gate(logits: Tensor, tau: Tensor | float = 1.0, mask: Tensor | None 
     scaled = logits / tau
     if mask is None:
         return scaled.softmax(-1)
-    hidden = scaled.masked_fill(~mask, torch.finfo(scaled.dtype).min)
+    hidden = torch.where(mask, scaled, torch.finfo(scaled.dtype).min)
     return hidden.softmax(-1) * mask.to(scaled.dtype)
 
 
@@ -78,7 +78,7 @@ def null_gate(logits: Tensor, null: Tensor, tau: Tensor | float = 1.0, mask: Ten
     """
     null = (null + NULL_START).expand(*logits.shape[:-1], 1)
     if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(1)])
+        mask = F.pad(mask, (0, 1), value=True)
     return softmax_gate(torch.cat([logits, null], -1), tau, mask)[..., :-1]
 
 
@@ -129,6 +129,51 @@ def balance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     return -share.clamp_min(tiny).log().sum()
 
 
+def entropy_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The alternative to :func:`balance_loss`: Σ q_i·log q_i, the negative entropy of the normalised mean gate.
+
+    Bounded, where L_balance grows without limit as an expert's share goes to 0. The minimum is −log N, at the uniform
+    mean.
+
+    Args:
+        weights, mask: as in :func:`balance_loss`.
+
+    Returns:
+        0-d tensor.
+    """
+    mean = weights.mean(0)
+    if mask is not None:
+        mean = mean[mask]
+    tiny = torch.finfo(mean.dtype).tiny
+    share = mean / mean.sum().clamp_min(tiny)
+    return (share * share.clamp_min(tiny).log()).sum()
+
+
+def with_prior(weights: Tensor, prior: Tensor, total: str = "share") -> Tensor:
+    """A prior on places, such as a region that the user drew.
+
+    ``share``: w_i·p_i / (Σ_j w_j·p_j + 1 − Σ_j w_j), which is log p_i added to the logits of a softmax gate, with a
+    null expert or without. ``odds``: the same for each expert's own sigmoid. ``free``: w_i·p_i.
+
+    Args:
+        weights: (…, N), before any gain.
+        prior: broadcasts with the weights, above 0 for "share".
+        total: "share", "odds" or "free".
+
+    Returns:
+        (…, N).
+    """
+    product = weights * prior
+    if total == "free":
+        return product
+    if total == "odds":
+        return product / (product + 1.0 - weights)
+    whole = weights.sum(-1, keepdim=True)
+    spare = (1.0 - whole).clamp_min(0.0)  # the null expert's share
+    kept = product.sum(-1, keepdim=True) + spare
+    return product * ((whole + spare) / torch.where(kept > 0, kept, torch.ones_like(kept)))
+
+
 def rank_expand(weights: Tensor, ranks: Sequence[int]) -> Tensor:
     """One weight per expert → one weight per row of the stacked A.
 
@@ -164,6 +209,23 @@ def energy(down: Tensor, grams: Tensor) -> Tensor:
         (…).
     """
     return torch.einsum("...i,ij,...j->...", down.float(), grams, down.float())
+
+
+def router_logits(query: Tensor, down: Tensor, keys: Tensor, owners: Tensor, count: int) -> Tensor:
+    """RouterLoRA's scores ⟨A_r·x, B_rᵀ·v_i⟩ / √r_r with v_i = s_i·B_i·A_i·x (arXiv 2406.16989), without building v_i.
+
+    Args:
+        query: A_r·x, (…, r_r).
+        down: the experts' A·x, (…, R).
+        keys: B_rᵀ·[s_1·B_1 … s_n·B_n], (r_r, R).
+        owners: (R,) long, the column of each rank.
+        count: columns.
+
+    Returns:
+        (…, count) fp32; 0 for columns without a rank here.
+    """
+    scores = (query.float() @ keys.float()) * down.float() / math.sqrt(keys.shape[0])
+    return scores.new_zeros(*scores.shape[:-1], count).index_add(-1, owners, scores)
 
 
 def trigger_spans(ids: Tensor, triggers: Sequence[Sequence[int]]) -> Tensor:

@@ -51,7 +51,7 @@ class Merged:
         assert isinstance(base, nn.Module)
         weight = base.weight
         assert isinstance(weight, Tensor)
-        merged = (weight.float() + layer.bank.delta(row)).to(weight.dtype)
+        merged = (weight.float() + layer.bank.delta(layer.bank.pick(row.to(weight.device)), weight)).to(weight.dtype)
         self._originals.append((weight, weight.detach().clone()))
         weight.copy_(merged)
 
@@ -64,9 +64,18 @@ class Merged:
 
 
 def collapse(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """One ordinary LoRA of rank Σ r_i that equals the static composition."""
+    """One ordinary LoRA of rank Σ r_i that equals the static composition.
+
+    Raises:
+        InvalidRequest: an expert is DoRA, whose change depends on the base.
+    """
     modules = {}
     for key, pairs in plan.pairs.items():
+        if any(pair.magnitude is not None for pair in pairs.values()):
+            raise InvalidRequest(
+                f"An expert is DoRA (at {key}): its change is no low-rank pair, so it cannot become part of one LoRA. "
+                "Merge the composition into the base instead."
+            )
         row = weights[plan.sites[key].block.name]
         up = [pair.b.float() * (pair.scale * float(row[column])) for column, pair in pairs.items()]
         modules[key] = LowRank(torch.cat([pair.a.float() for pair in pairs.values()]), torch.cat(up, 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch import Tensor
 from mole_diffusion.errors import BaseMismatch, InvalidFile, InvalidRequest, MoleError
 from mole_diffusion.experts.canonical import ROLES, Expert
 from mole_diffusion.experts.inspect import HasShapes
+from mole_diffusion.experts.load import content_sha256
 from mole_diffusion.experts.safefile import MAX_BYTES, Source, read_bytes, read_header, read_tensors
 from mole_diffusion.experts.save import write_safetensors
 from mole_diffusion.gates.config import AnyGate, gate_from_json, gate_to_json
@@ -36,6 +36,7 @@ def save_composition(composition: Composition, path: str | Path) -> Path:
         "experts": [
             {"name": e.name, "sha256": e.sha256, "trigger": e.trigger, "role": e.role} for e in composition.experts
         ],
+        "outside": [expert.name for expert in composition.plan.always if expert.role != "accelerator"],
         "gate": gate_to_json(composition.config),
         "recipe": composition.recipe,
     }
@@ -102,19 +103,22 @@ def load_composition(
     except InvalidRequest as error:
         raise InvalidFile(f"The gate of this composition is malformed: {error}") from error
     tensors = read_tensors(data)
-    _check_tensors(pipe, experts, config, tensors)
-    composition = compose(pipe, experts, gate=config, base=base)
+    _check_tensors(pipe, experts, config, tensors, content["outside"])
+    composition = compose(pipe, experts, gate=config, base=base, outside=content["outside"])
     composition.load_state_dict(tensors)
     composition.recipe = content["recipe"]
     return composition
 
 
-def _check_tensors(pipe: Any, experts: list[Expert], config: AnyGate, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(
+    pipe: Any, experts: list[Expert], config: AnyGate, tensors: Mapping[str, Tensor], outside: list[str]
+) -> None:
     """Compare shapes with a gate that takes no memory: settings alone must not be able to ask for gigabytes."""
     from mole_diffusion.composition import build_gate
+    from mole_diffusion.hosts import host_for
     from mole_diffusion.plan import build_plan
 
-    plan = build_plan(pipe, experts)
+    plan = build_plan(host_for(pipe), experts, config.granularity, outside)
     with torch.device("meta"):
         gate = build_gate(plan, config)
     wanted = {key: tuple(value.shape) for key, value in gate.state_dict().items()}
@@ -125,9 +129,12 @@ def _check_tensors(pipe: Any, experts: list[Expert], config: AnyGate, tensors: M
 
 
 def _check_content(content: Any) -> None:
-    expected = {"base": str | None, "prediction": str | None, "experts": list, "gate": dict, "recipe": dict}
+    expected = {
+        "base": str | None, "prediction": str | None, "experts": list, "outside": list, "gate": dict, "recipe": dict
+    }  # fmt: skip
     if isinstance(content, dict):
-        content.setdefault("prediction", None)  # files of the first days do not say it
+        content.setdefault("prediction", None)  # files of the first days do not say these two
+        content.setdefault("outside", [])
     if not isinstance(content, dict) or set(content) != set(expected):
         raise InvalidFile("The header of this composition must hold base, experts, gate and recipe: it is damaged.")
     for field, kind in expected.items():
@@ -156,8 +163,7 @@ def _load_folder(folder: Path, wanted: set[str]) -> dict[str, Expert]:
     for file in sorted(folder.glob("*.safetensors"), key=lambda file: (file.stem not in wanted, file.name)):
         if len(found) == len(wanted):
             break
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = content_sha256(file)
         if digest in wanted:
             try:
                 found[digest] = Expert.load(file)

@@ -1,21 +1,20 @@
-"""Where experts meet a pipeline: which module belongs to which gated block, and what it sees."""
+"""Where experts meet a model: which module belongs to which gated place, and what it reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from mole_diffusion.errors import BaseMismatch, InvalidRequest
-from mole_diffusion.experts.canonical import COMPONENTS, Expert, LowRank
+from mole_diffusion.experts.canonical import Expert, LowRank
 from mole_diffusion.experts.inspect import find_misfit
 from mole_diffusion.experts.names import align
-from mole_diffusion.gates.protocol import NETWORK, BlockSpec
+from mole_diffusion.gates.config import Granularity
+from mole_diffusion.gates.protocol import NETWORK, BlockSpec, Sees
+from mole_diffusion.hosts import Host
 from mole_diffusion.layers import ComposedConv2d, ComposedLinear
-
-Sees = Literal["image", "text", "row"]
 
 
 @dataclass(frozen=True)
@@ -23,29 +22,31 @@ class Site:
     """One module that experts touch.
 
     Attributes:
-        key: "<component>.<path>" as this pipeline spells it.
-        block: the block whose gate weighs it.
+        key: "<component>.<path>" as this model spells it.
+        block: the place whose gate weighs it.
         sees: image tokens or grid cells, text tokens, or one vector per row of the batch.
+        shares: key of the input that it reads together with other modules; "" = nobody else reads it.
     """
 
     key: str
     block: BlockSpec
     sees: Sees
+    shares: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a set of experts on a pipeline that no gate decides.
+    """Everything about a set of experts on a model that no gate decides.
 
     Columns are positions in the weights: the N gated experts in their order, then the always-on ones.
 
     Attributes:
         experts: all experts, in the caller's order.
         gated: the gated experts.
-        always: experts with the role accelerator.
+        always: accelerators, and whoever was asked to stay outside the gate.
         sites: canonical key → site.
         pairs: canonical key → column → low-rank pair in the module's shape.
-        blocks: blocks that hold sites, in the pipeline's order.
+        blocks: places that hold sites, in the model's order.
     """
 
     experts: tuple[Expert, ...]
@@ -60,64 +61,83 @@ class Plan:
         """Experts by column."""
         return self.gated + self.always
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Module path → (input channels, output channels) of every gated module."""
+        sizes = {}
+        for key, pairs in self.pairs.items():
+            if self.sites[key].block.kind != "encoder":
+                shape = next(iter(pairs.values())).weight_shape
+                sizes[key.partition(".")[2]] = (shape[1], shape[0])
+        return sizes
 
-def build_plan(pipe: Any, experts: Sequence[Expert]) -> Plan:
-    """Match experts with a pipeline.
+
+def build_plan(
+    host: Host, experts: Sequence[Expert], granularity: Granularity = "block", outside: Sequence[str] = ()
+) -> Plan:
+    """Match experts with a model.
+
+    Args:
+        host: where they go.
+        experts: in the caller's order.
+        granularity: how finely gates are placed.
+        outside: names of experts that no gate weighs; accelerators never are.
 
     Raises:
         InvalidRequest: no gated expert, two experts of one name, or other adapters are still loaded.
         BaseMismatch: a module is missing or has another shape.
     """
-    _check_experts(experts)
-    modules = dict(_targets(pipe))
+    gated, always = _split(experts, outside)
+    modules = dict(_targets(host))
     shapes = {key: tuple(module.weight.shape) for key, module in modules.items()}
     for expert in experts:
         misfit = find_misfit(expert, shapes)
         if misfit:
             hint = f" It was made for {expert.base}." if expert.base else ""
             raise BaseMismatch(f"The LoRA {expert.name!r} does not fit this pipeline: {misfit}.{hint}")
-    gated = tuple(expert for expert in experts if expert.role != "accelerator")
-    always = tuple(expert for expert in experts if expert.role == "accelerator")
     pairs: dict[str, dict[int, LowRank]] = {}
     for column, expert in enumerate(gated + always):
         for key, pair in expert.modules.items():
             name = align(key, shapes)
             shaped = pair.reshaped(shapes[name]) if name else None
             assert name is not None and shaped is not None
+            _check_groups(name, modules[name])
             pairs.setdefault(name, {})[column] = shaped
     ordered = {key: pairs[key] for key in shapes if key in pairs}
-    blocks = _blocks(pipe, ordered)
-    sites = {key: _site(key, blocks) for key in ordered}
-    used = {site.block.name for site in sites.values()}
-    return Plan(tuple(experts), gated, always, sites, ordered, tuple(_narrow(blocks, sites, used)))
+    sites = _sites(host, {key: modules[key] for key in ordered}, granularity)
+    return Plan(tuple(experts), gated, always, sites, ordered, tuple(_used(host, sites, granularity)))
 
 
-def find_module(pipe: Any, key: str) -> tuple[nn.Module, str, nn.Module]:
+def find_module(host: Host, key: str) -> tuple[nn.Module, str, nn.Module]:
     """(parent, attribute, module) of a canonical key."""
     component, _, path = key.partition(".")
     parent_path, _, attribute = path.rpartition(".")
-    parent = getattr(pipe, component).get_submodule(parent_path)
+    parent = host.models()[component].get_submodule(parent_path)
     return parent, attribute, parent.get_submodule(attribute)
 
 
-def _check_experts(experts: Sequence[Expert]) -> None:
-    if not any(expert.role != "accelerator" for expert in experts):
-        raise InvalidRequest("A composition needs at least one expert that is not an accelerator.")
+def _split(experts: Sequence[Expert], outside: Sequence[str]) -> tuple[tuple[Expert, ...], tuple[Expert, ...]]:
     names = [expert.name for expert in experts]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise InvalidRequest(f"Two experts are named {double!r}: give each its own name.")
+    unknown = next((name for name in outside if name not in names), None)
+    if unknown is not None:
+        raise InvalidRequest(f"No expert is named {unknown!r}; there are {', '.join(names)}.")
+    always = tuple(expert for expert in experts if expert.role == "accelerator" or expert.name in outside)
+    gated = tuple(expert for expert in experts if expert not in always)
+    if not gated:
+        raise InvalidRequest("A composition needs at least one expert that is not an accelerator or outside the gate.")
+    return gated, always
 
 
-def _targets(pipe: Any) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    for component in COMPONENTS:
-        model = getattr(pipe, component, None)
-        if not isinstance(model, nn.Module):
-            continue
+def _targets(host: Host) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    for component, model in host.models().items():
         for path, module in model.named_modules():
             if hasattr(module, "base_layer"):
                 raise InvalidRequest(
-                    f"{component} still has adapters loaded (at {path}): call pipe.unload_lora_weights() first."
+                    f"{component} still has adapters loaded (at {path}): call pipe.unload_lora_weights() first "
+                    "(a PEFT model: model.unload())."
                 )
             if isinstance(module, ComposedLinear | ComposedConv2d):
                 raise InvalidRequest("Another composition is attached to this pipeline: detach it first.")
@@ -125,53 +145,76 @@ def _targets(pipe: Any) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
                 yield f"{component}.{path}", module
 
 
-def _blocks(pipe: Any, keys: Mapping[str, Any]) -> list[BlockSpec]:
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.resnet import ResnetBlock2D
-
-    specs = []
-    for path, module in pipe.unet.named_modules():
-        if isinstance(module, BasicTransformerBlock):
-            cross = _text_projections(module)
-            width = cross[0].in_features if cross else 0
-            specs.append(BlockSpec(path, "transformer", module.attn1.to_q.in_features, width))
-        elif isinstance(module, ResnetBlock2D):
-            specs.append(BlockSpec(path, "resnet", module.in_channels))
-    specs.append(BlockSpec(NETWORK, "network", _text_width(pipe.unet)))
-    specs.extend(BlockSpec(component, "encoder", 0) for component in COMPONENTS[1:] if hasattr(pipe, component))
-    return specs
+def _check_groups(key: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise BaseMismatch(f"Experts on grouped convolutions are not supported ({key} has {module.groups} groups).")
 
 
-def _text_projections(block: Any) -> list[Any]:
-    return [] if block.attn2 is None else [block.attn2.to_k, block.attn2.to_v]
+def _sites(host: Host, modules: Mapping[str, nn.Module], granularity: Granularity) -> dict[str, Site]:
+    blocks = {f"{host.main}.{block.name}." if block.name else f"{host.main}.": block for block in host.blocks()}
+    sites = {}
+    for key, module in modules.items():
+        component, _, path = key.partition(".")
+        prefix = next((prefix for prefix in blocks if key.startswith(prefix)), None)
+        if component != host.main:
+            sites[key] = Site(key, BlockSpec(component, "encoder", 0), "text")
+        elif prefix is None or granularity == NETWORK:
+            sites[key] = _single(host, key, path, module, granularity)
+        else:
+            block, leaf = blocks[prefix], key.removeprefix(prefix)
+            sees = host.sees(block, leaf)
+            shares = f"{key.rpartition('.')[0]}|{sees}" if _reads_together(leaf) else ""
+            sites[key] = Site(key, _place(host, block, leaf, path, module, sees, granularity), sees, shares)
+    return sites
 
 
-def _text_width(unet: Any) -> int:
-    width = unet.config.cross_attention_dim
-    return width[0] if isinstance(width, list | tuple) else int(width)
+def _single(host: Host, key: str, path: str, module: nn.Module, granularity: Granularity) -> Site:
+    """A site outside all blocks: the network's gate, or a gate of its own where every matrix has one."""
+    if granularity == "matrix":
+        return Site(key, BlockSpec(path, "matrix", _width(module)), "image")
+    return Site(key, BlockSpec(NETWORK, "network", host.network_width), "row")
 
 
-def _site(key: str, blocks: Sequence[BlockSpec]) -> Site:
-    component, _, path = key.partition(".")
-    if component != "unet":
-        return Site(key, next(block for block in blocks if block.name == component), "text")
-    for block in blocks:
-        if block.kind in ("transformer", "resnet") and path.startswith(f"{block.name}."):
-            return Site(key, block, _sees(path.removeprefix(f"{block.name}."), block))
-    return Site(key, next(block for block in blocks if block.kind == "network"), "row")
+def _place(
+    host: Host, block: BlockSpec, leaf: str, path: str, module: nn.Module, sees: Sees, granularity: Granularity
+) -> BlockSpec:
+    if granularity == "matrix":
+        width = _width(module)
+        return BlockSpec(path, "matrix", width, width if sees == "text" else 0)
+    layer = host.layer(block, leaf) if granularity == "layer" else ""
+    if not layer:
+        return block
+    name = f"{block.name}.{layer}" if block.name else layer
+    inside = host.models()[host.main].get_submodule(name)
+    first = next(found for found in inside.modules() if isinstance(found, nn.Linear | nn.Conv2d))
+    return BlockSpec(name, "layer", _width(first), block.text_width)
 
 
-def _sees(leaf: str, block: BlockSpec) -> Sees:
-    if leaf.startswith("time_emb_proj"):
-        return "row"
-    return "text" if block.text_width and leaf in ("attn2.to_k", "attn2.to_v") else "image"
+def _reads_together(leaf: str) -> bool:
+    return leaf.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj", "q", "k", "v")
 
 
-def _narrow(blocks: Sequence[BlockSpec], sites: Mapping[str, Site], used: set[str]) -> Iterator[BlockSpec]:
-    """Blocks in use, each knowing whether its image or its text side has targets."""
-    for block in blocks:
-        if block.name in used:
-            seen = {site.sees for site in sites.values() if site.block.name == block.name}
-            text_width = block.text_width if "text" in seen else 0
-            image = bool(seen - {"text"}) or block.kind in ("network", "encoder")
-            yield BlockSpec(block.name, block.kind, block.width, text_width, image)
+def _width(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    assert isinstance(module, nn.Conv2d)
+    return module.in_channels
+
+
+def _used(host: Host, sites: Mapping[str, Site], granularity: Granularity) -> Iterator[BlockSpec]:
+    """Places in use, in the model's order, each knowing whether its image or its text side has targets."""
+    order = {block.name: index for index, block in enumerate(host.blocks())}
+    seen: dict[str, set[Sees]] = {}
+    specs: dict[str, BlockSpec] = {}
+    for site in sites.values():
+        seen.setdefault(site.block.name, set()).add(site.sees)
+        specs.setdefault(site.block.name, site.block)
+    names = list(specs)
+    if granularity == "block":
+        late = len(order)
+        names.sort(key=lambda name: order.get(name, late + (specs[name].kind == "encoder")))
+    for name in names:
+        spec, kinds = specs[name], seen[name]
+        text_width = spec.text_width if "text" in kinds else 0
+        image = bool(kinds - {"text"}) or spec.kind in ("network", "encoder")
+        yield replace(spec, text_width=text_width, image=image)

@@ -9,11 +9,14 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.experts.canonical import Expert
 from mole_diffusion.functional import trigger_spans
+
+_LONGEST = 512
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Conditions:
     Attributes:
         guidance: the first half of every batch is unconditional.
         spans: (P, T, N) bool for P prompts, or None where the prompts are not known.
+        subsets: (P, N) bool, which experts each prompt may use; None = all.
     """
 
     guidance: bool = False
     spans: Tensor | None = None
+    subsets: Tensor | None = None
 
     def rows(self, batch: int, reuse: bool) -> int:
         """How many rows gates compute.
@@ -56,13 +61,30 @@ class Conditions:
             )
         wanted = batch // 2 if self.guidance else batch
         prompts, length, _ = self.spans.shape
-        if wanted % prompts or length != tokens:
+        if wanted % prompts or length > tokens:
             raise InvalidRequest(
                 f"{prompts} prompts of {length} tokens were announced, but {wanted} rows of {tokens} tokens came: call "
                 "composition.condition with the prompts of this batch."
             )
-        spans = self.spans.repeat_interleave(wanted // prompts, 0)
+        spans = F.pad(self.spans.repeat_interleave(wanted // prompts, 0), (0, 0, 0, tokens - length))
         return torch.cat([torch.zeros_like(spans), spans]) if self.guidance and not reuse else spans
+
+    def mask_for(self, mask: Tensor, batch: int, reuse: bool) -> Tensor:
+        """``mask`` (N,) itself, or (rows, 1, N) where prompts have their own subsets.
+
+        Raises:
+            InvalidRequest: the subsets do not fit the batch.
+        """
+        if self.subsets is None:
+            return mask
+        wanted = batch // 2 if self.guidance else batch
+        prompts = self.subsets.shape[0]
+        if wanted % prompts:
+            raise InvalidRequest(
+                f"Subsets of experts were given for {prompts} prompts, but {wanted} rows came: give one per prompt."
+            )
+        rows = (self.subsets.to(mask.device) & mask).repeat_interleave(wanted // prompts, 0).unsqueeze(1)
+        return torch.cat([rows, rows]) if self.guidance and not reuse else rows
 
 
 def trigger_ids(tokenizer: Any, experts: Sequence[Expert]) -> list[list[int]]:
@@ -78,9 +100,9 @@ def prompt_spans(pipe: Any, prompts: Sequence[str], experts: Sequence[Expert]) -
     tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) is not None else pipe.tokenizer_2
     convert = getattr(pipe, "maybe_convert_prompt", None)
     texts = [convert(prompt, tokenizer) if convert else prompt for prompt in prompts]
-    encoded = tokenizer(
-        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+    fixed = tokenizer.model_max_length <= _LONGEST  # a T5's is unlimited; its pipeline pads further than we need
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length} if fixed else {"padding": True}
+    encoded = tokenizer(texts, truncation=fixed, return_tensors="pt", **length)
     return trigger_spans(encoded.input_ids, trigger_ids(tokenizer, experts))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from mole_diffusion.errors import BaseMismatch, InvalidFile, MoleError
 from mole_diffusion.experts.canonical import Expert
+from mole_diffusion.experts.embeddings import find_misfit as find_token_misfit
 from mole_diffusion.experts.load import Opened, open_lora, to_expert
 from mole_diffusion.experts.names import ModuleShapes, align
 from mole_diffusion.experts.peft_folder import weights_of
@@ -33,7 +35,12 @@ class HasShapes(Protocol):
 
 @dataclass(frozen=True)
 class Inspection:
-    """The result of looking at one file. ``ok`` = usable as an expert (of the given base, if one was given)."""
+    """The result of looking at one file. ``ok`` = usable as an expert (of the given base, if one was given).
+
+    ``error`` is the largest relative error of ``approximated`` modules, None where only the header was read and nobody
+    knows; ``dora`` counts modules with a magnitude; ``embeddings`` has the vectors of each token, ``embeddings_from``
+    the file beside the LoRA that they came from.
+    """
 
     ok: bool
     reason: str
@@ -51,8 +58,12 @@ class Inspection:
     matched: int = 0
     unmatched: int = 0
     approximated: int = 0
-    error: float = 0.0
+    error: float | None = 0.0
     examples: tuple[str, ...] = ()
+    dora: int = 0
+    embeddings: dict[str, int] = field(default_factory=dict)
+    embeddings_from: str | None = None
+    header_only: bool = False
 
     def sentence(self) -> str:
         """One line for a person."""
@@ -62,13 +73,24 @@ class Inspection:
         targets = ", ".join(f"{count} in {component}" for component, count in self.targets.items())
         base = self.fits or self.base or "an unknown base"
         trigger = f"trigger {self.trigger!r}" if self.trigger else "no trigger word stated"
-        near = (
-            f", {self.approximated} of {self.matched_modules} modules as their nearest pair, up to {self.error:.1%} off"
-            if self.approximated
-            else ""
-        )
+        kind = "DoRA" if self.dora else "LoRA"
         size = describe_size(self.size)
-        return f"A LoRA for {base}: rank {ranks}, {targets}{near}, {trigger}, {size} ({self.producer})."
+        return (
+            f"A {kind} for {base}: rank {ranks}, {targets}{self._near()}{self._tokens()}, {trigger}, {size} "
+            f"({self.producer})."
+        )
+
+    def _near(self) -> str:
+        if not self.approximated:
+            return ""
+        near = f", {self.approximated} of {self.matched_modules} modules as their nearest pair"
+        return f"{near}, up to {self.error:.1%} off" if self.error is not None else near
+
+    def _tokens(self) -> str:
+        if not self.embeddings:
+            return ""
+        source = f" from {self.embeddings_from}" if self.embeddings_from else ""
+        return f", embeddings of {', '.join(self.embeddings)}{source}"
 
     @property
     def matched_modules(self) -> int:
@@ -81,16 +103,30 @@ class Inspection:
         return {**content, "ranks": {str(rank): count for rank, count in self.ranks.items()}}
 
 
-def inspect_file(source: Source, base: HasShapes | None = None) -> Inspection:
-    """Look at a file; never raises for what is in it."""
+def inspect_file(
+    source: Source,
+    base: HasShapes | None = None,
+    *,
+    embeddings: Source | bool = True,
+    header_only: bool = False,
+) -> Inspection:
+    """Look at a file; never raises for what is in it.
+
+    Args:
+        source: as for :meth:`mole_diffusion.experts.Expert.load`, with its ``embeddings``.
+        base: compare with this base's layers and text encoders.
+        embeddings: the same as there.
+        header_only: by names, shapes and alphas alone, without reading weights; NaN and products that are not low-rank
+            are not noticed then.
+    """
     shapes = base.module_shapes() if base is not None else None
     try:
-        opened = open_lora(source, shapes)
+        opened = open_lora(source, shapes, embeddings=embeddings, header_only=header_only)
     except InvalidFile as error:
         return Inspection(False, str(error), size=_size(source))
     except OSError as error:
         return Inspection(False, f"Cannot read the file: {error.strerror or error}.")
-    return _judge(opened, base)
+    return _judge(opened, base, header_only)
 
 
 def check_fits(expert: Expert, base: HasShapes) -> None:
@@ -116,10 +152,12 @@ def find_misfit(expert: Expert, shapes: ModuleShapes) -> str | None:
             wrong.append(f"{key} needs {tuple(shapes[name])} and gets {pair.weight_shape}")
     if wrong:
         return f"{len(wrong)} of {len(expert.modules)} modules have another shape ({wrong[0]})"
-    return f"{len(missing)} of {len(expert.modules)} modules do not exist there ({missing[0]})" if missing else None
+    if missing:
+        return f"{len(missing)} of {len(expert.modules)} modules do not exist there ({missing[0]})"
+    return find_token_misfit(expert.embeddings, shapes)
 
 
-def _judge(opened: Opened, base: HasShapes | None) -> Inspection:
+def _judge(opened: Opened, base: HasShapes | None, header_only: bool) -> Inspection:
     converted, reason, expert = opened.converted, "", None
     try:
         refuse_unmatched(converted.unmatched, len(opened.header.tensors) - len(converted.unmatched))
@@ -145,8 +183,12 @@ def _judge(opened: Opened, base: HasShapes | None) -> Inspection:
         matched=len(opened.header.tensors) - len(converted.unmatched),
         unmatched=len(converted.unmatched),
         approximated=len(converted.errors),
-        error=max(converted.errors.values(), default=0.0),
+        error=None if any(map(math.isnan, converted.errors.values())) else max(converted.errors.values(), default=0.0),
         examples=tuple(key[:200] for key in converted.unmatched[:3]),
+        dora=sum(pair.magnitude is not None for pair in converted.modules.values()),
+        embeddings={token: len(next(iter(parts.values()))) for token, parts in opened.embeddings.items()},
+        embeddings_from=opened.embeddings_from,
+        header_only=header_only,
     )
 
 

@@ -8,19 +8,40 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mole_diffusion.experts.canonical import ROLES, LowRank, Role
 from mole_diffusion.experts.numbers import as_finite
+from mole_diffusion.experts.safefile import Source
 
 _WIDTHS = {768: "sd1", 1024: "sd21", 2048: "sdxl"}
 _MAX_TEXT = 200
+SIDECAR = "activation text"
+_MAX_SIDECAR = 2**20
 
 
 def trigger_words(metadata: Mapping[str, str]) -> str | None:
-    """modelspec.trigger_phrase, then the commonest tag of ss_tag_frequency, then the folder names of kohya's data."""
-    phrase = _clean(metadata.get("modelspec.trigger_phrase"))
-    return phrase or _commonest_tag(metadata.get("ss_tag_frequency")) or _folder(metadata.get("ss_dataset_dirs"))
+    """modelspec.trigger_phrase, the commonest tag of ss_tag_frequency, what stands beside the file, or the folder names
+    of kohya's data; in this order.
+    """
+    phrase = _clean(metadata.get("modelspec.trigger_phrase")) or _commonest_tag(metadata.get("ss_tag_frequency"))
+    return phrase or _clean(metadata.get(SIDECAR)) or _folder(metadata.get("ss_dataset_dirs"))
+
+
+def sidecar(source: Source) -> dict[str, str]:
+    """The "activation text" of ``<stem>.json`` beside a file, as model managers of A1111 write it; as header entry."""
+    if isinstance(source, bytes):
+        return {}
+    path = Path(source).with_suffix(".json")
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_SIDECAR:
+            return {}
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # it may be anybody's file and say anything: then it says nothing about triggers
+    text = content.get(SIDECAR) if isinstance(content, dict) else None
+    return {SIDECAR: text} if isinstance(text, str) else {}
 
 
 def base_family(metadata: Mapping[str, str], modules: Mapping[str, LowRank]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -10,20 +11,19 @@ from mole_diffusion.experts.formats import Format, find_format
 from mole_diffusion.experts.safefile import MAX_BYTES, Header
 from mole_diffusion.experts.sniff import describe_size
 
-# A part of a key → why the file is refused. Support for these comes later, each needs maths of its own.
+# A part of a key → what the file is, and why it is refused.
 UNSUPPORTED = {
-    ".dora_scale": "DoRA (a trained magnitude beside the low-rank pair)",
-    "lora_magnitude_vector": "DoRA (a trained magnitude beside the low-rank pair)",
-    "bundle_emb": "a LoRA with bundled text embeddings",
-    ".oft_": "OFT (orthogonal fine-tuning)",
-    ".boft_": "BOFT (orthogonal fine-tuning)",
-    ".w_norm": "trained normalisation layers beside the LoRA",
-    ".b_norm": "trained normalisation layers beside the LoRA",
-    ".diff_b": "trained biases beside the LoRA",
-    ".lora_embedding_": "a trained token embedding",
-    "lora_mixer": "MoSLoRA with its mixer; export it as a plain LoRA first",
-    "lora_AB": "MoSLoRA with its mixer; export it as a plain LoRA first",
+    ".oft_": "OFT (orthogonal fine-tuning), which multiplies weights by a rotation and has no low-rank pair",
+    ".boft_": "BOFT (orthogonal fine-tuning), which multiplies weights by a rotation and has no low-rank pair",
+    ".w_norm": "a LoRA with trained normalisation layers; they are no linear map, so no gate can weigh them",
+    ".b_norm": "a LoRA with trained normalisation layers; they are no linear map, so no gate can weigh them",
+    ".diff_b": "a LoRA with trained biases; they add the same to every input, and experts here have weights alone",
+    ".lora_B.bias": "a LoRA with trained biases; they add the same to every input, and experts here have weights alone",
+    ".lora_embedding_": "a low-rank change of the whole token embedding, which no layer here composes",
+    "lora_mixer": "MoSLoRA with its mixer apart, without which A and B mean nothing; fold the mixer in on export",
+    "lora_AB": "MoSLoRA with its mixer apart, without which A and B mean nothing; fold the mixer in on export",
 }
+_BY_POSITION = re.compile(r"[A-Za-z0-9_]+:\d+:(?:up|down)")
 _CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 _MODEL_PARTS = {
     "a full UNet": ("down_blocks.", "up_blocks.", "mid_block."),
@@ -53,10 +53,7 @@ def recognise(header: Header) -> Format:
     if not keys:
         raise InvalidFile("This safetensors file holds no tensors: it is not a LoRA.")
     _refuse_model(keys, header)
-    for part, meaning in UNSUPPORTED.items():
-        hit = next((key for key in keys if part in key), None)
-        if hit:
-            raise InvalidFile(f"This file is {meaning}, which is not supported yet (for example {hit[:80]!r}).")
+    _refuse_unsupported(keys)
     for prefix, family in _OTHER_BASES.items():
         if any(key.startswith(prefix) for key in keys):
             raise InvalidFile(f"This LoRA was made for {family}; only Stable Diffusion 2.1 and SDXL LoRAs fit here.")
@@ -76,10 +73,9 @@ def refuse_unmatched(unmatched: Iterable[str], matched: int) -> None:
     """
     left = list(unmatched)
     if left:
-        shown = ", ".join(repr(key[:80]) for key in left[:3])
         raise InvalidFile(
-            f"{len(left)} of {len(left) + matched} tensors in this file are not understood ({shown}"
-            f"{', …' if len(left) > 3 else ''}); it is not applied in part."
+            f"{len(left)} of {len(left) + matched} tensors in this file are not understood ({_shown(left)}); it is not "
+            "applied in part."
         )
 
 
@@ -95,9 +91,29 @@ def _refuse_model(keys: list[str], header: Header) -> None:
             raise InvalidFile(f"This is {kind} ({describe_size(header.size)}), not a LoRA: upload the LoRA alone.")
 
 
+def _refuse_unsupported(keys: list[str]) -> None:
+    for part, meaning in UNSUPPORTED.items():
+        if hits := [key for key in keys if part in key]:
+            raise InvalidFile(f"This file is {meaning}: {len(hits)} of {len(keys)} tensors ({_shown(hits)}).")
+    if hits := [key for key in keys if _BY_POSITION.fullmatch(key)]:
+        raise InvalidFile(
+            f"This is a flat list as cloneofsimo/lora writes it ({_shown(hits)}): its weights have numbers instead of "
+            "module names, and which module a number means depends on the diffusers version of then. Guessing would "
+            "apply them to wrong layers: convert it to kohya's or diffusers' format with the version that wrote it."
+        )
+
+
+def _shown(keys: list[str]) -> str:
+    return ", ".join(repr(key[:80]) for key in keys[:3]) + (", …" if len(keys) > 3 else "")
+
+
 def _refuse_unknown(keys: list[str]) -> NoReturn:
-    if {"emb_params", "clip_l", "clip_g", "string_to_param"} & set(keys) or any(key.startswith("<") for key in keys):
-        raise InvalidFile("This is a textual-inversion embedding, not a LoRA: it cannot be an expert.")
+    names = {"emb_params", "clip_l", "clip_g", "string_to_param", "text_encoders_0", "text_encoders_1"}
+    if names & set(keys) or any(key.startswith(("<", "bundle_emb.")) for key in keys):
+        raise InvalidFile(
+            "This is a textual-inversion embedding, not a LoRA: it cannot be an expert. One that came with a LoRA is "
+            "read beside it, as <name of the LoRA>_emb.safetensors."
+        )
     raise InvalidFile(
         f"This safetensors file is not a LoRA: none of its {len(keys)} tensors is a low-rank weight "
         f"(for example {keys[0][:80]!r})."

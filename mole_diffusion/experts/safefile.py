@@ -37,11 +37,13 @@ class Header:
         tensors: name → (dtype, shape).
         metadata: the file's string metadata.
         size: bytes of the whole file.
+        places: name → position of the tensor's first byte in the file.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     metadata: Mapping[str, str] = field(default_factory=dict)
     size: int = 0
+    places: Mapping[str, int] = field(default_factory=dict)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor."""
@@ -64,7 +66,7 @@ def read_header(source: Source, *, max_bytes: int | None = None) -> Header:
         start = stream.read(4096)
         length = _header_length(start, size)
         stream.seek(8)
-        header = _parse(stream.read(length), size, data_bytes=size - 8 - length)
+        header = _parse(stream.read(length), size, data_start=8 + length)
     if max_bytes is not None and size > max_bytes:
         raise InvalidFile(
             f"Expected at most {describe_size(max_bytes)}, but this file has {describe_size(size)}: "
@@ -94,6 +96,31 @@ def read_tensors(source: Source, *, max_bytes: int = MAX_BYTES) -> dict[str, Ten
                 f"The tensor {name!r} holds NaN or infinity, so the file cannot be used: its training diverged."
             )
     return tensors
+
+
+def read_outline(source: Source, *, values: str) -> dict[str, Tensor]:
+    """Every tensor of a checked file as its shape alone, on the meta device; one-number tensors whose name ends in
+    ``values`` with their number. However large the file is, nothing else of it is read.
+
+    Raises:
+        InvalidFile: as :func:`read_header`, or such a number is NaN or infinite.
+    """
+    import torch
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    header = read_header(source)
+    outline: dict[str, Tensor] = {}
+    with _open(source) as stream:
+        for name, (dtype, shape) in header.tensors.items():
+            if not name.endswith(values) or math.prod(shape) != 1:
+                outline[name] = torch.empty(shape, dtype=dtypes[dtype], device="meta")
+                continue
+            stream.seek(header.places[name])
+            number = torch.frombuffer(bytearray(stream.read(ITEM_SIZES[dtype])), dtype=dtypes[dtype])
+            if not bool(number.isfinite()):
+                raise InvalidFile(f"The tensor {name[:80]!r} holds NaN or infinity: its training diverged.")
+            outline[name] = number.reshape(shape)
+    return outline
 
 
 def read_bytes(source: Source, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -129,7 +156,7 @@ def _header_length(start: bytes, size: int) -> int:
     raise InvalidFile(describe_foreign(start, size))
 
 
-def _parse(raw: bytes, size: int, data_bytes: int) -> Header:
+def _parse(raw: bytes, size: int, data_start: int) -> Header:
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -145,8 +172,9 @@ def _parse(raw: bytes, size: int, data_bytes: int) -> Header:
         )
     spans: list[tuple[int, int]] = []
     tensors = {name: _entry(name, entry, spans) for name, entry in content.items()}
-    _check_layout(spans, data_bytes)
-    return Header(tensors, metadata, size)
+    _check_layout(spans, size - data_start)
+    places = {name: data_start + first for name, (first, _) in zip(tensors, spans, strict=True)}
+    return Header(tensors, metadata, size, places)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

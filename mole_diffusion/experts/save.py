@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mole_diffusion.errors import InvalidRequest
-from mole_diffusion.experts.canonical import Expert, LowRank
+from mole_diffusion.experts.canonical import Embeddings, Expert, LowRank
+from mole_diffusion.experts.embeddings import to_bundle, to_pivotal
 
 _SCALES = ("lora_adapter_metadata", "ss_network_alpha", "ss_network_dim")
 
@@ -26,6 +27,10 @@ def save_expert(
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write one safetensors file, atomically.
+
+    A DoRA magnitude is written as ``lora_magnitude_vector`` or ``dora_scale``; diffusers reads the first, ComfyUI the
+    second. Embeddings go into the kohya file; diffusers takes no such keys, so there they become
+    ``<stem>_emb.safetensors`` beside it, for ``pipe.load_textual_inversion``.
 
     Args:
         expert: an expert, or its modules.
@@ -45,10 +50,23 @@ def save_expert(
         tensors = _kohya(modules)
     else:
         raise InvalidRequest(f"Expected the format diffusers or kohya, got {format!r}.")
+    embeddings = expert.embeddings if isinstance(expert, Expert) else {}
+    if embeddings and format == "kohya":
+        tensors |= to_bundle(embeddings)
+    elif embeddings:
+        write_safetensors(*_beside(embeddings, Path(path), dtype))
     if dtype is not None:
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     header = {**_metadata(expert), **(metadata or {})}
     return write_safetensors({key: tensor.contiguous() for key, tensor in tensors.items()}, Path(path), header)
+
+
+def _beside(
+    embeddings: Embeddings, path: Path, dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], Path, dict[str, str]]:
+    stacked, header = to_pivotal(embeddings)
+    tensors = {key: tensor.to(dtype or tensor.dtype) for key, tensor in stacked.items()}
+    return tensors, path.with_name(f"{path.stem}_emb.safetensors"), header
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
@@ -77,6 +95,9 @@ def _diffusers(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
         up = (pair.b.float() * pair.scale).to(pair.b.dtype)
         tensors[f"{name}.lora_A.weight"] = pair.a.clone()
         tensors[f"{name}.lora_B.weight"] = up[..., None, None] if pair.a.ndim == 4 else up
+        if pair.magnitude is not None:
+            shape = (1, -1, 1, 1) if pair.a.ndim == 4 else (-1,)
+            tensors[f"{name}.lora_magnitude_vector"] = pair.magnitude.reshape(shape).clone()
     return tensors
 
 
@@ -90,6 +111,8 @@ def _kohya(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
         tensors[f"{name}.lora_down.weight"] = pair.a.clone()
         tensors[f"{name}.lora_up.weight"] = (pair.b[..., None, None] if pair.a.ndim == 4 else pair.b).clone()
         tensors[f"{name}.alpha"] = torch.tensor(pair.scale * pair.rank, dtype=torch.float32)
+        if pair.magnitude is not None:
+            tensors[f"{name}.dora_scale"] = pair.magnitude.reshape(-1, *[1] * (pair.a.ndim - 1)).clone()
     return tensors
 
 

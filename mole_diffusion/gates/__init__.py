@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from mole_diffusion.gates.block import BlockGate
-from mole_diffusion.gates.config import GateConfig, StaticWeights, TriggerSpans, learned_static, nla, weighted_sum
+from mole_diffusion.gates.config import (
+    GateConfig,
+    RouterConfig,
+    StaticWeights,
+    TriggerSpans,
+    learned_static,
+    nla,
+    weighted_sum,
+)
 from mole_diffusion.gates.learned import LearnedGates
-from mole_diffusion.gates.protocol import BlockSpec, Gate, Run
+from mole_diffusion.gates.protocol import BlockSpec, Gate, Run, Sight
+from mole_diffusion.gates.router import RouterGates
 from mole_diffusion.gates.span import SpanGate
 from mole_diffusion.gates.static import StaticGate
 
@@ -15,7 +24,10 @@ __all__ = [
     "Gate",
     "GateConfig",
     "LearnedGates",
+    "RouterConfig",
+    "RouterGates",
     "Run",
+    "Sight",
     "SpanGate",
     "StaticGate",
     "StaticWeights",

@@ -26,12 +26,16 @@ class BlockGate(nn.Module):
         experts: N.
         config: the gate's settings.
         spans: add a learned preference for an expert on the tokens of its own trigger.
+        normalise: LayerNorm on the features first.
     """
 
-    def __init__(self, width: int, experts: int, config: GateConfig, *, spans: bool = False) -> None:
+    def __init__(
+        self, width: int, experts: int, config: GateConfig, *, spans: bool = False, normalise: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
         self.experts = experts
+        self.normalise = normalise
         self.down = nn.Linear(width, config.hidden)
         self.up = nn.Linear(config.hidden, experts + (config.scale == "null"))
         self.log_tau = nn.Parameter(torch.tensor(math.log(config.temperature)))
@@ -43,10 +47,13 @@ class BlockGate(nn.Module):
         if self.time is not None:
             nn.init.zeros_(self.time.weight)
 
-    def logits(self, features: Tensor, time: Tensor | None, spans: Tensor | None, pool: bool) -> Tensor:
+    def logits(
+        self, features: Tensor, time: Tensor | None, spans: Tensor | None, pool: bool, places: Tensor | None = None
+    ) -> Tensor:
         """ε before the temperature: (B, L or 1, N), one more for a null expert."""
-        normed = F.layer_norm(features.float(), features.shape[-1:])
-        hidden = self.down(normed.mean(1, keepdim=True) if pool else normed)
+        features = features.float()
+        normed = F.layer_norm(features, features.shape[-1:]) if self.normalise else features
+        hidden = self.down(pooled(normed, places) if pool else normed)
         if self.time is not None and time is not None:
             hidden = hidden + self.time(time).unsqueeze(1)
         logits = self.up(F.silu(hidden))
@@ -63,22 +70,32 @@ class BlockGate(nn.Module):
         spans: Tensor | None = None,
         *,
         pool: bool,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Weights without the gain.
 
         Args:
             features: (B, L, width) hidden states.
-            mask: (N,) bool, True = active.
+            mask: (N,) or (B, 1, N) bool, True = active.
             time: (B, 64) features of the timestep.
             spans: (B, L, N) bool.
             pool: one weight vector per row (scope sample) instead of one per token.
+            places: (B, L) non-negative, the tokens that pooling counts; None = all alike.
 
         Returns:
             (B, 1 or L, N) fp32.
         """
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.logits(features, time, spans, pool)
+            logits = self.logits(features, time, spans, pool, places)
         tau = self.log_tau.exp()
         if self.config.scale == "null":
             return null_gate(logits[..., :-1], logits[..., -1:], tau, mask)
         return (sigmoid_gate if self.config.scale == "sigmoid" else softmax_gate)(logits, tau, mask)
+
+
+def pooled(features: Tensor, places: Tensor | None) -> Tensor:
+    """Mean over tokens, (B, L, d) → (B, 1, d), of those that count."""
+    if places is None or places.shape[1] != features.shape[1]:
+        return features.mean(1, keepdim=True)
+    share = places.to(features.dtype) / places.sum(1, keepdim=True).clamp_min(1e-6)
+    return (features * share.unsqueeze(-1)).sum(1, keepdim=True)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mole_diffusion.errors import InvalidRequest
 
 GuidanceRows = Literal["reuse", "own"]
+Granularity = Literal["matrix", "layer", "block", "network"]
+GRANULARITIES = ("block", "layer", "matrix", "network")
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """A learned gate per block (MoLE).
+    """Learned gates (MoLE).
 
     Attributes:
         granularity: "block" = one gate per BasicTransformerBlock and ResnetBlock2D; targets outside any block share
-            one gate named "network" that sees the timestep and the pooled text.
+            one gate named "network" that sees the timestep and the pooled text. "layer" = one for each of attn1,
+            attn2, feed-forward and ResNet; "matrix" = one per module; "network" = the one gate for everything.
+        input: what gates look at. "hidden" = the block's own input; "energy" = log ‖s_i·B_i·A_i·x‖² of every expert in
+            the block's first module, which does not change with the basis that a LoRA happens to use;
+            "expert_outputs" = the block's output with each expert alone (Eq. 7-9: N passes through every block, slow).
         scope: "sample" = one weight per expert and image (the paper); "token" = one per expert and place.
         scale: "softmax" (Eq. 11); "null" = softmax with one more expert that does nothing; "sigmoid" = independent.
         gain: one learned factor per gate, 1 at the start.
@@ -31,7 +37,7 @@ class GateConfig:
         text_encoder: weights of experts of the text encoders: "nla", or "span" = 1 on the expert's own trigger.
     """
 
-    granularity: Literal["block"] = "block"
+    granularity: Granularity = "block"
     scope: Literal["sample", "token"] = "sample"
     scale: Literal["softmax", "null", "sigmoid"] = "softmax"
     gain: bool = False
@@ -41,9 +47,18 @@ class GateConfig:
     guidance_rows: GuidanceRows = "reuse"
     text_prior: float = 0.0
     text_encoder: Literal["nla", "span"] = "nla"
+    input: Literal["hidden", "energy", "expert_outputs"] = "hidden"
 
     def __post_init__(self) -> None:
-        _one_of("granularity", self.granularity, ("block",))
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("input", self.input, ("hidden", "energy", "expert_outputs"))
+        if self.granularity == "network" and (self.scope == "token" or self.input != "hidden"):
+            raise InvalidRequest(
+                "The gate of the whole network sees the timestep and the prompt alone: choose the scope sample and the "
+                "input hidden with it, or a finer granularity."
+            )
+        if self.granularity == "matrix" and self.input == "expert_outputs":
+            raise InvalidRequest("Outputs of experts are those of whole layers or blocks: choose one of these.")
         _one_of("scope", self.scope, ("sample", "token"))
         _one_of("scale", self.scale, ("softmax", "null", "sigmoid"))
         _one_of("guidance_rows", self.guidance_rows, ("reuse", "own"))
@@ -67,13 +82,16 @@ class StaticWeights:
             not named. Blocks are those of :class:`GateConfig`, "network", "text_encoder" and "text_encoder_2".
         learnable: train one free vector per block, from these start values.
         redistribute: a masked expert's weight goes to the others in proportion; off for plain sums.
+        granularity: what a "block" is, as in :class:`GateConfig`.
     """
 
     weights: Sequence[float] | Mapping[str, Sequence[float]]
     learnable: bool = False
     redistribute: bool = True
+    granularity: Granularity = "block"
 
     def __post_init__(self) -> None:
+        _one_of("granularity", self.granularity, GRANULARITIES)
         rows = self.weights.values() if isinstance(self.weights, Mapping) else [self.weights]
         lengths = {len(row) for row in rows}
         if len(lengths) != 1:
@@ -95,16 +113,45 @@ class TriggerSpans:
     """
 
     guidance_rows: GuidanceRows = "reuse"
+    granularity: ClassVar[Granularity] = "block"
 
     def __post_init__(self) -> None:
         _one_of("guidance_rows", self.guidance_rows, ("reuse", "own"))
 
 
-AnyGate = GateConfig | StaticWeights | TriggerSpans
-_KINDS: dict[str, type[GateConfig] | type[StaticWeights] | type[TriggerSpans]] = {
+@dataclass(frozen=True)
+class RouterConfig:
+    """RouterLoRA (arXiv 2406.16989): a router per module that does not know how many experts there are, so that it
+    weighs experts which it never saw: w = softmax_i(⟨A_r·x, B_rᵀ·v_i⟩ / √rank / τ) with v_i = s_i·B_i·A_i·x.
+
+    Attributes:
+        rank: of A_r and B_r.
+        scope: "token" = weights per place (the paper); "sample" = scores averaged over places.
+        temperature: τ at the start; learned per module.
+        guidance_rows: as in :class:`GateConfig`.
+    """
+
+    rank: int = 8
+    scope: Literal["token", "sample"] = "token"
+    temperature: float = 1.0
+    guidance_rows: GuidanceRows = "reuse"
+    granularity: ClassVar[Granularity] = "matrix"
+
+    def __post_init__(self) -> None:
+        _one_of("scope", self.scope, ("token", "sample"))
+        _one_of("guidance_rows", self.guidance_rows, ("reuse", "own"))
+        if not (type(self.rank) is int and 1 <= self.rank <= 1024):
+            raise InvalidRequest(f"rank must be a whole number between 1 and 1024, got {self.rank!r}.")
+        if not (_is_number(self.temperature) and 1e-3 <= self.temperature <= 1e3):
+            raise InvalidRequest(f"temperature must be between 0.001 and 1000, got {self.temperature!r}.")
+
+
+AnyGate = GateConfig | StaticWeights | TriggerSpans | RouterConfig
+_KINDS: dict[str, type[AnyGate]] = {
     "learned": GateConfig,
     "static": StaticWeights,
     "trigger_spans": TriggerSpans,
+    "router": RouterConfig,
 }
 
 

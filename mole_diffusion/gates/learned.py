@@ -1,4 +1,4 @@
-"""One learned gate per block, held together."""
+"""One learned gate per place, held together."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mole_diffusion.functional import nla_weights
 from mole_diffusion.gates.block import BlockGate
 from mole_diffusion.gates.config import GateConfig
-from mole_diffusion.gates.protocol import BlockSpec, Run
-from mole_diffusion.gates.span import span_weights
+from mole_diffusion.gates.features import energies
+from mole_diffusion.gates.protocol import BlockSpec, Looks, Run, Sight, Total
+from mole_diffusion.gates.span import nla_rows, span_weights
+
+_LOOKS: dict[str, Looks] = {"hidden": "entry", "energy": "site", "expert_outputs": "outputs"}
 
 
 class LearnedGates(nn.Module):
@@ -19,44 +21,46 @@ class LearnedGates(nn.Module):
     Parameter names are ``blocks.<module path with "/">.…``, ``texts.<…>`` so that saved files can be read by people.
     """
 
-    dynamic = True
-
     def __init__(self, blocks: Sequence[BlockSpec], experts: int, config: GateConfig) -> None:
         super().__init__()
         self.config = config
         self.experts = experts
         self.guidance_rows = config.guidance_rows
+        self.total: Total = "odds" if config.scale == "sigmoid" else "share"
+        self.looks: Looks = "site" if config.granularity == "matrix" else _LOOKS[config.input]
         gated = [block for block in blocks if block.kind != "encoder"]
         token = config.scope == "token"
-        self.blocks = nn.ModuleDict(
-            {_name(b): BlockGate(b.width, experts, config) for b in gated if b.image or not token}
-        )
+        self.blocks = nn.ModuleDict({_name(b): self._gate(b) for b in gated if b.image or not token})
         texts = [block for block in gated if block.text_width and token]
         self.texts = nn.ModuleDict({_name(b): BlockGate(b.text_width, experts, config, spans=True) for b in texts})
         self.needs_spans = bool(texts)
 
-    def image(self, block: BlockSpec, tokens: Tensor | None, run: Run) -> Tensor | None:
+    def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor | None:
         """(B, 1 or L, N) from the block's input; None where only text tokens are gated."""
-        if tokens is None or _name(block) not in self.blocks:
+        if sight is None or _name(block) not in self.blocks:
             return None
-        return self.blocks[_name(block)](tokens, run.mask, run.time, pool=self.config.scope == "sample")
+        pool = self.config.scope == "sample"
+        features = self._features(sight, run)
+        return self.blocks[_name(block)](features, run.mask, run.time, pool=pool, places=run.places)
 
-    def text(self, block: BlockSpec, text: Tensor, run: Run) -> Tensor | None:
+    def text(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor | None:
         """(B, T, N) from the text states (token scope); None in the sample scope."""
         if _name(block) not in self.texts:
             return None
-        return self.texts[_name(block)](text, run.mask, run.time, run.spans, pool=False)
+        return self.texts[_name(block)](sight.hidden, run.mask, run.time, run.spans, pool=False)
 
     def network(self, block: BlockSpec, run: Run) -> Tensor:
-        """(B, 1, N) from the timestep and the pooled text."""
-        assert run.text is not None
-        return self.blocks[_name(block)](run.text, run.mask, run.time, pool=True)
+        """(B, 1, N) from the timestep and the pooled text; from the timestep alone where no text is given."""
+        gate = self.blocks[_name(block)]
+        rows = run.time.shape[0] if run.time is not None else 1
+        text = run.text if run.text is not None else next(gate.parameters()).new_zeros(rows, 1, block.width)
+        return gate(text, run.mask, run.time, pool=True, places=run.places)
 
     def encoder(self, block: BlockSpec, run: Run) -> Tensor:
         """NLA, or 1 on an expert's own trigger."""
         if self.config.text_encoder == "span" and run.spans is not None:
             return span_weights(run.spans, run.mask)
-        return nla_weights(self.experts, run.mask).expand(1, 1, -1)
+        return nla_rows(run)
 
     def gain(self, block: BlockSpec, text: bool) -> Tensor | None:
         """The gate's learned factor."""
@@ -67,6 +71,23 @@ class LearnedGates(nn.Module):
         """A learned gate looks at its input."""
         return None
 
+    def _gate(self, block: BlockSpec) -> BlockGate:
+        if block.kind == "network" or self.config.input == "hidden":
+            return BlockGate(max(block.width, 1), self.experts, self.config)
+        if self.config.input == "energy":
+            return BlockGate(self.experts, self.experts, self.config, normalise=False)
+        width = self.experts * (block.out_width or block.width)
+        return BlockGate(width, self.experts, self.config, normalise=False)
+
+    def _features(self, sight: Sight, run: Run) -> Tensor:
+        if self.config.input == "energy":
+            assert sight.down is not None and sight.bank is not None
+            return energies(sight.down, sight.bank, self.experts)
+        if self.config.input == "expert_outputs":
+            assert sight.outputs is not None
+            return sight.outputs
+        return sight.hidden
+
 
 def _name(block: BlockSpec) -> str:
-    return block.name.replace(".", "/")
+    return block.name.replace(".", "/") or "all"

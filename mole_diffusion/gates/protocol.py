@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from mole_diffusion.layers.bank import ExpertBank
+
 NETWORK = "network"
-BlockKind = Literal["transformer", "resnet", "network", "encoder"]
+BlockKind = Literal["transformer", "resnet", "layer", "matrix", "network", "encoder"]
+Looks = Literal["nothing", "entry", "site", "outputs"]
+Sees = Literal["image", "text", "row"]
+Total = Literal["share", "odds", "free"]
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One gated place.
+    """One gated place: a block, a layer of one, a single matrix, or what lies outside all blocks.
 
     Attributes:
-        name: module path inside the UNet, "network", "text_encoder" or "text_encoder_2".
-        kind: what sort of block.
+        name: module path inside the main model, "network", or the name of a text encoder.
+        kind: what sort of place.
         width: channels of the hidden state at its input.
-        text_width: channels of the text states, where keys or values of its cross-attention are targets; else 0.
+        text_width: channels of the text states, where modules that read text are targets; else 0.
         image: does any target see image tokens or the row as a whole?
+        out_width: channels of its output; 0 = as ``width``.
     """
 
     name: str
@@ -28,49 +35,93 @@ class BlockSpec:
     width: int
     text_width: int = 0
     image: bool = True
+    out_width: int = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one forward pass of the UNet (or of a text encoder) offers to gates.
+    """What one forward pass of the main model (or of a text encoder) offers to gates.
 
     Rows are those that gates compute: with guidance and reuse the conditional half only.
 
     Attributes:
-        mask: (N,) bool over the gated experts, True = active.
+        mask: bool over the gated experts, True = active: (N,), or (rows, 1, N) where rows have their own subsets.
         time: (rows, 64) features of the timestep, or None.
         text: (rows, T, c) text states, or None.
         spans: (rows, T, N) bool, where each expert's trigger stands; None = prompts unknown.
+        places: (rows, L) non-negative, the tokens that pooling counts; None = all alike.
+        step: calls of the main model since the prompts were announced, this one not counted.
+        times: (rows,) timesteps in 0 … ``horizon``, or None.
+        horizon: number of training timesteps.
     """
 
     mask: Tensor
     time: Tensor | None = None
     text: Tensor | None = None
     spans: Tensor | None = None
+    places: Tensor | None = None
+    step: int = 0
+    times: Tensor | None = None
+    horizon: int = 1000
+
+    @property
+    def progress(self) -> float:
+        """0 at pure noise … 1 at the picture, of the last row; 0 where there are no timesteps.
+
+        Reading it waits for the accelerator.
+        """
+        return 0.0 if self.times is None else 1.0 - float(self.times[-1]) / self.horizon
+
+    @property
+    def experts(self) -> int:
+        """N."""
+        return self.mask.shape[-1]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a gate may look at in one place.
+
+    Attributes:
+        hidden: (rows, L, d): the block's input; of a gate that looks at sites, the module's input.
+        down: (rows, L', R): A·x of the site's experts, on the grid of A's output; only for gates that look at sites.
+        bank: the site's experts.
+        outputs: (rows, L, N·d): every expert's own output of the block; only for gates that look at outputs.
+        key: the site's canonical key.
+    """
+
+    hidden: Tensor
+    down: Tensor | None = None
+    bank: ExpertBank | None = None
+    outputs: Tensor | None = None
+    key: str = ""
 
 
 class Gate(Protocol):
     """Weights for every kind of target; (rows or 1, places or 1, N), fp32. Implementations are ``nn.Module``.
 
     Attributes:
-        dynamic: does :meth:`image` look at the hidden state?
+        looks: what :meth:`image` looks at: "nothing"; the block's input at its "entry"; the input and A·x at the first
+            "site" that runs in it; or the "outputs" that the block has with each expert alone (N passes).
         needs_spans: are the prompts needed?
         guidance_rows: "reuse" or "own".
+        total: how a prior on places acts: a "share" keeps the total weight, "odds" and "free" are each expert's own.
     """
 
-    dynamic: bool
+    looks: Looks
     needs_spans: bool
     guidance_rows: str
+    total: Total
 
-    def image(self, block: BlockSpec, tokens: Tensor | None, run: Run) -> Tensor | None:
-        """For targets that see image tokens; ``tokens`` (rows, L, width) is the block's input, None if not dynamic.
+    def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor | None:
+        """For targets that see image tokens; ``sight`` is None where the gate looks at nothing.
 
         None = there is no gate here: NLA.
         """
         ...
 
-    def text(self, block: BlockSpec, text: Tensor, run: Run) -> Tensor | None:
-        """For keys and values of cross-attention, ``text`` (rows, T, c); None = as :meth:`image`."""
+    def text(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor | None:
+        """For targets that read text, (rows, T, N); None = as :meth:`image`."""
         ...
 
     def network(self, block: BlockSpec, run: Run) -> Tensor:
@@ -86,5 +137,5 @@ class Gate(Protocol):
         ...
 
     def static(self, block: BlockSpec, mask: Tensor) -> Tensor | None:
-        """(N,) weights of a block if they depend on no input, else None; what merging needs."""
+        """(N,) weights of a block if they depend on no input and no step, else None; what merging needs."""
         ...

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.functional import renormalise
 from mole_diffusion.gates.config import StaticWeights
-from mole_diffusion.gates.protocol import BlockSpec, Run
+from mole_diffusion.gates.protocol import BlockSpec, Looks, Run, Sight, Total
 
 
 class StaticGate(nn.Module):
@@ -20,13 +20,14 @@ class StaticGate(nn.Module):
         table: (M, N), rows in the order of ``names``; a parameter where learnable, else a buffer.
     """
 
-    dynamic = False
+    looks: Looks = "nothing"
     needs_spans = False
     guidance_rows = "own"
 
     def __init__(self, blocks: Sequence[BlockSpec], experts: int, config: StaticWeights) -> None:
         super().__init__()
         self.config = config
+        self.total: Total = "share" if config.redistribute else "free"
         self.names = {block.name: row for row, block in enumerate(blocks)}
         table = torch.tensor([_row(config.weights, block.name, experts) for block in blocks]).reshape(-1, experts)
         _check_names(config.weights, self.names)
@@ -36,17 +37,17 @@ class StaticGate(nn.Module):
             self.register_buffer("table", table)
 
     def static(self, block: BlockSpec, mask: Tensor) -> Tensor | None:
-        """(N,) masked weights of a block."""
+        """(N,) masked weights of a block; shaped like ``mask`` where rows have their own."""
         row = self.table[self.names[block.name]]
         return renormalise(row, mask) if self.config.redistribute else row * mask.to(row.dtype)
 
-    def image(self, block: BlockSpec, tokens: Tensor | None, run: Run) -> Tensor:
-        """(1, 1, N)."""
+    def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor:
+        """(1 or rows, 1, N)."""
         weights = self.static(block, run.mask)
         assert weights is not None
-        return weights.expand(1, 1, -1)
+        return weights.expand(weights.shape[0] if weights.ndim == 3 else 1, 1, -1)
 
-    def text(self, block: BlockSpec, text: Tensor, run: Run) -> Tensor | None:
+    def text(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor | None:
         """As the rest of the block."""
         return None
 

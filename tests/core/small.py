@@ -15,6 +15,8 @@ SD_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 CONV_TARGETS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out")
 OUTSIDE_TARGETS = ("proj_in", "proj_out", "time_emb_proj", "linear_1", "linear_2")
 TEXT_TARGETS = ("q_proj", "v_proj", "out_proj", "fc1")
+JOINT_TARGETS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.2", "norm1.linear")
+T5_TARGETS = ("SelfAttention.q", "SelfAttention.v", "wi_0")
 
 
 def tokenizer() -> Any:
@@ -130,13 +132,119 @@ def make_sdxl() -> Any:
     return pipe
 
 
+def t5_tokenizer() -> Any:
+    """A real T5Tokenizer over single letters; unlike CLIP's it tells capitals apart."""
+    from transformers import T5Tokenizer
+
+    letters = list(string.ascii_letters + string.digits + ",.")
+    words = [(f"▁{letter}", -4.0) for letter in letters] + [("▁", -6.0)] + [(letter, -5.0) for letter in letters]
+    return T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *words], extra_ids=0, model_max_length=24
+    )
+
+
+def t5(tokens: Any) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": len(tokens)}
+    return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
+
+
+def make_pixart() -> Any:
+    """PixArt-Sigma in small: captions of a T5, cross-attention, patches of 2×2; 8×8 latents."""
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    tokens = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        in_channels=4,
+        out_channels=8,
+        caption_channels=24,
+        num_embeds_ada_norm=1000,
+        use_additional_conditions=False,
+    )
+    pipe = PixArtSigmaPipeline(tokens, t5(tokens), vae(), transformer.eval(), scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_sd3() -> Any:
+    """SD 3 in small: joint blocks, the last without a text side; two CLIP encoders, no T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokens, tokens_2 = tokenizer(), tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(text_config(16, tokens)).eval(),
+        tokenizer=tokens,
+        text_encoder_2=CLIPTextModelWithProjection(text_config(16, tokens_2)).eval(),
+        tokenizer_2=tokens_2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Small(nn.Module):
+    """A bare module: a convolution, then a layer over its cells as tokens, (B, 4, H, W) → (B, H·W, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.head = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 6)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.conv(x).flatten(2).mT
+        return self.head[1](nn.functional.silu(self.head[0](tokens)))
+
+
+def make_module() -> nn.Module:
+    """The bare module."""
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def models_of(pipe: Any) -> dict[str, nn.Module]:
+    """Component → model, of a pipeline or of a bare module."""
+    if isinstance(pipe, nn.Module):
+        return {"module": pipe}
+    names = ("unet", "transformer", "text_encoder", "text_encoder_2")
+    return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
+
+
+def main_of(pipe: Any) -> nn.Module:
+    """The denoiser, or the bare module."""
+    return next(iter(models_of(pipe).values()))
+
+
 def shapes_of(pipe: Any) -> dict[str, tuple[int, ...]]:
     """What ``base.module_shapes()`` says of this pipeline."""
     return {
         f"{component}.{path}": tuple(module.weight.shape)
-        for component in ("unet", "text_encoder", "text_encoder_2")
-        if getattr(pipe, component, None) is not None
-        for path, module in getattr(pipe, component).named_modules()
+        for component, model in models_of(pipe).items()
+        for path, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
 
@@ -184,9 +292,41 @@ def run_unet(pipe: Any, rows: int = 2, seed: int = 1, size: tuple[int, int] = (8
     ).sample
 
 
+def run_model(pipe: Any, rows: int = 2, seed: int = 1, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
+    """One call of any tiny model on fixed random inputs, in the model's own dtype."""
+    model = main_of(pipe)
+    random = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(dtype)
+
+    x = normal(rows, 4, *size)
+    if isinstance(model, Small):
+        return model(x)
+    config: Any = model.config
+    kwargs: dict[str, Any] = {}
+    if hasattr(pipe, "unet"):
+        width = config.cross_attention_dim
+        if config.addition_embed_type:
+            times = torch.ones(rows, 6, dtype=dtype)
+            kwargs["added_cond_kwargs"] = {"text_embeds": normal(rows, 16), "time_ids": times}
+    elif "joint_attention_dim" in config:
+        width, kwargs = config.joint_attention_dim, {"pooled_projections": normal(rows, 32)}
+    else:
+        width, kwargs = config.caption_channels, {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    text = normal(rows, pipe.tokenizer.model_max_length, width)
+    return model(x, encoder_hidden_states=text, timestep=torch.tensor([500] * rows), **kwargs).sample
+
+
 def generate(pipe: Any, prompt: str = "a robot and a bunny", **kwargs: Any) -> torch.Tensor:
     """Latents after two steps."""
-    settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent", "height": 8, "width": 8}
+    settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+    settings |= {"height": 8, "width": 8}
+    if hasattr(pipe, "transformer"):
+        settings["max_sequence_length"] = 24
+        if "joint_attention_dim" not in pipe.transformer.config:  # PixArt
+            settings |= {"use_resolution_binning": False, "clean_caption": False}
     return pipe(prompt, generator=torch.Generator().manual_seed(0), **{**settings, **kwargs}).images
 
 
@@ -199,3 +339,4 @@ def randomise(composition: Any, seed: int = 3, size: float = 0.5) -> None:
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {"sd": make_sd, "sdxl": make_sdxl}
+HOSTS: dict[str, Callable[[], Any]] = {**PIPELINES, "pixart": make_pixart, "sd3": make_sd3, "module": make_module}

@@ -161,11 +161,11 @@ def test_a_merge_that_fails_midway_leaves_the_base_alone(sd: Any, monkeypatch: p
     before = [parameter.clone() for parameter in sd.unet.parameters()]
     whole, calls = ExpertBank.delta, []
 
-    def fail_late(bank: ExpertBank, weights: torch.Tensor) -> torch.Tensor:
+    def fail_late(bank: ExpertBank, weights: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         calls.append(bank)
         if len(calls) == 5:
             raise MemoryError
-        return whole(bank, weights)
+        return whole(bank, weights, base)
 
     monkeypatch.setattr(ExpertBank, "delta", fail_late)
     with compose(sd, two_experts(sd), gate=StaticWeights((0.3, 0.9))) as composition, pytest.raises(MemoryError):

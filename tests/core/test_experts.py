@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from mole_diffusion.__main__ import main
 from mole_diffusion.errors import BaseMismatch, InvalidRequest
 from mole_diffusion.experts import Expert, LowRank, check_fits, inspect_file, read_header, save_expert
 from mole_diffusion.experts.save import write_safetensors
@@ -54,6 +55,32 @@ def file(width: int = 1024, prefix: str = WIDTH_KEY, **metadata: str) -> bytes:
 def test_trigger_words(metadata: dict[str, str], trigger: str | None) -> None:
     assert Expert.load(file(**metadata)).trigger == trigger
     assert Expert.load(file(**metadata), trigger="mine").trigger == "mine"
+
+
+def test_the_sidecar_of_a_model_manager_names_the_trigger(tmp_path: Path) -> None:
+    path, sidecar = tmp_path / "dog.safetensors", tmp_path / "dog.json"
+    path.write_bytes(file(ss_dataset_dirs=json.dumps({"10_folder": {}})))
+    before = Expert.load(path)
+    assert before.trigger == "folder"
+    sidecar.write_text(json.dumps({"activation text": "  sks\tdog ", "preferred weight": 1}))
+    assert Expert.load(path).trigger == "sks dog" == inspect_file(path, header_only=True).trigger
+    assert Expert.load(path).sha256 == before.sha256, "the user may change the words"
+    for other in ("{", "[]", '{"activation text": 3}', "[" * 90_000, " " * (2**20 + 1) + "{}"):
+        sidecar.write_text(other)
+        assert Expert.load(path).trigger == "folder"
+    sidecar.write_text(json.dumps({"activation text": "other"}))
+    path.write_bytes(file(ss_tag_frequency=json.dumps({"x": {"sks dog": 9}})))
+    assert Expert.load(path).trigger == "sks dog"
+
+
+def test_inspect_of_the_command_line_by_the_header_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "dog.safetensors"
+    path.write_bytes(file())
+    (tmp_path / "tokens.safetensors").write_bytes(save({"clip_l": torch.ones(1, 8)}))
+    words = ["inspect", str(path), "--header", "--embeddings", str(tmp_path / "tokens.safetensors"), "--json"]
+    assert main(words) == 0
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["header_only"] and seen["embeddings"] == {"<s0>": 1} and seen["base"] == "sd21" and seen["dora"] == 0
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from safetensors.torch import save
 
 from mole_diffusion.errors import InvalidFile
 from mole_diffusion.experts import Expert, inspect_file
+from mole_diffusion.experts.formats import find_format
 from mole_diffusion.experts.names import Resolver, align, sgm_to_diffusers
-from tests.core.small import shapes_of
+from mole_diffusion.experts.safefile import read_header
+from tests.core.small import generate, make_sd, make_sdxl, run_unet, shapes_of
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 
@@ -108,6 +110,17 @@ def kohya(prefix: str, alpha: float | None = None, rank: int = 4, conv: bool = F
     return tensors if alpha is None else {**tensors, f"{prefix}.alpha": torch.tensor(alpha)}
 
 
+@pytest.mark.parametrize(
+    ("key", "layout"),
+    [(f"{prefix}.lora_up.weight", "kohya") for prefix in KOHYA]
+    + [(key, "diffusers") for keys in DIFFUSERS for key in keys]
+    + [(f"base_model.model.{BLOCK}.attn1.to_q.lora_A.weight", "diffusers"), ("unet:0:up", None), ("clip_l", None)],
+)
+def test_each_layout_knows_its_own_files(key: str, layout: str | None) -> None:
+    found = find_format(read_header(save({key: torch.ones(1, 1)})))
+    assert (found and found.NAME) == layout
+
+
 @pytest.mark.parametrize("prefix", KOHYA)
 def test_kohya_names(prefix: str) -> None:
     expert = Expert.load(save(kohya(prefix, alpha=2.0)))
@@ -140,6 +153,69 @@ def test_kohya_alphas_and_ranks_per_module() -> None:
     assert expert.ranks == {2: 1, 4: 1} and expert.rank_summary == "ranks 2–4"
 
 
+def merged(pipe: Any, expert: Expert) -> Any:
+    """The pipeline with W + scale · B A, computed here."""
+    for key, pair in expert.modules.items():
+        component, _, path = key.partition(".")
+        weight = getattr(pipe, component).get_submodule(path).weight
+        weight.data += pair.scale * (pair.b @ pair.a.flatten(1)).reshape(weight.shape)
+    return pipe
+
+
+def random_kohya(pipe: Any, *, prefixes: dict[str, str], ends: tuple[str, ...], alphas: tuple[float, ...]) -> Any:
+    """kohya's prefixes with the pipeline's own module names, as OneTrainer's legacy format has them."""
+    torch.manual_seed(2)
+    tensors: dict[str, torch.Tensor] = {}
+    chosen = [(k, s) for k, s in shapes_of(pipe).items() if k.endswith(ends) and k.partition(".")[0] in prefixes]
+    for index, (key, shape) in enumerate(chosen):
+        component, _, path = key.partition(".")
+        tower = "text_model." if component.startswith("text") and path != "text_projection" else ""
+        name = f"{prefixes[component]}_{tower}{path.removeprefix('text_model.')}".replace(".", "_")
+        kernel = (1, 1) if len(shape) == 4 else ()
+        tensors[f"{name}.lora_down.weight"] = 0.3 * torch.randn(2, *shape[1:])
+        tensors[f"{name}.lora_up.weight"] = 0.3 * torch.randn(shape[0], 2, *kernel)
+        tensors[f"{name}.alpha"] = torch.tensor(alphas[index % len(alphas)])
+    return tensors
+
+
+def test_onetrainer_names_and_the_text_projection_give_what_diffusers_gives(tmp_path: Path) -> None:
+    """SDXL, both encoders and the projection, one alpha for all: where diffusers converts correctly.
+
+    Attention of the text towers is left out: with transformers 5 diffusers 0.42 drops it with a warning.
+    """
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    ends = ("attn2.to_q", "attn1.to_out.0", "fc1", "text_projection")
+    tensors = random_kohya(make_sdxl(), prefixes=prefixes, ends=ends, alphas=(1.0,))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(tensors))
+    expert = Expert.load(path, shapes=shapes_of(make_sdxl()))
+    assert "lora_te2_text_projection.alpha" in tensors and "text_encoder_2.text_projection" in expert.modules
+    assert 3 * len(expert.modules) == len(tensors) and {pair.scale for pair in expert.modules.values()} == {0.5}
+    theirs = make_sdxl()
+    theirs.load_lora_weights(str(tmp_path), weight_name=path.name)
+    ours = generate(merged(make_sdxl(), expert))
+    assert (ours - generate(make_sdxl())).abs().max() > 0.01
+    torch.testing.assert_close(ours, generate(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
+def test_alphas_that_differ_follow_the_definition_where_diffusers_does_not(tmp_path: Path) -> None:
+    """alpha / dim per module; alpha 0 means dim. diffusers loses them on attention."""
+    tensors = random_kohya(make_sd(), prefixes={"unet": "lora_unet"}, ends=("to_q", "to_v"), alphas=(0.5, 2.0, 0.0))
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(tensors))
+    pipe, theirs = make_sd(), make_sd()
+    for key in [key for key in tensors if key.endswith("alpha")]:
+        name = key.removesuffix(".alpha")
+        up, down = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"]
+        layers = {f"lora_unet_{n}".replace(".", "_"): m for n, m in pipe.unet.named_modules() if n}
+        layers[name].weight.data += (float(tensors[key]) or 2.0) / 2 * up @ down
+    expected = run_unet(pipe)
+    torch.testing.assert_close(run_unet(merged(make_sd(), Expert.load(path))), expected, atol=1e-5, rtol=1e-5)
+    theirs.load_lora_weights(str(tmp_path), weight_name=path.name)
+    assert (run_unet(theirs) - expected).abs().max() > 0.01
+
+
 def test_order_of_keys_does_not_matter() -> None:
     tensors = {
         **kohya("lora_unet_conv_in", 1.0, conv=True),
@@ -164,12 +240,22 @@ def test_adapter_metadata_gives_the_scale() -> None:
     )
 
 
+def test_fields_of_tomorrow_in_the_adapter_metadata_change_nothing() -> None:
+    """diffusers gives a TypeError; the scale is defined by the fields that we know."""
+    tensors = {f"unet.{BLOCK}.attn1.to_q.lora_A.weight": torch.randn(4, 8)}
+    tensors[f"unet.{BLOCK}.attn1.to_q.lora_B.weight"] = torch.randn(6, 4)
+    known = {"unet.r": 4, "unet.lora_alpha": 2}
+    for config in (known, {**known, "unet.new_field": {"a": [1]}, "another": None, "vae.lora_alpha": 9}):
+        pair = Expert.load(save(tensors, {"lora_adapter_metadata": json.dumps(config)})).modules.popitem()[1]  # type: ignore[attr-defined]
+        assert pair.scale == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
-        ('{"unet.lora_alpha": 4, "unet.use_dora": true}', "DoRA"),
+        ('{"unet.lora_alpha": 4, "unet.use_dora": true}', "no lora_magnitude_vector"),
         ('{"unet.lora_alpha": "x"}', "finite number"),
         ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "finite number"),
         ('{"unet.lora_alpha": 4, "unet.lora_bias": true}', "biases"),
@@ -217,6 +303,28 @@ def test_a_folder_of_peft_is_read_with_its_own_scales(options: dict[str, Any], p
         Expert.load(tmp_path / "hero")
     (tmp_path / "hero" / "adapter_model.safetensors").rename(tmp_path / "hero" / "adapter_model.bin")
     assert "pickle" in inspect_file(tmp_path / "hero").reason
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        # LyCORIS train_norm
+        (["lora_unet_mid_block_resnets_0_norm1.w_norm", "lora_unet_mid_block_resnets_0_norm1.b_norm"],
+         ["trained normalisation layers", "1 of 4 tensors", "norm1.w_norm"]),
+        # LyCORIS full, sd-scripts with biases
+        (["lora_unet_conv_in.diff_b"], ["trained biases", "1 of 3 tensors", "conv_in.diff_b"]),
+        # PEFT lora_bias
+        (["unet.conv_in.lora_B.bias"], ["trained biases", "1 of 3 tensors"]),
+        # cloneofsimo/lora save_safeloras
+        (["unet:0:up", "unet:0:down", "text_encoder:0:up"], ["numbers instead of module names", "'unet:0:up'"]),
+        (["lora_unet_conv_in.oft_blocks"], ["OFT", "rotation"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_low_rank_pair_is_refused_with_its_keys_and_the_reason(keys: list[str], parts: list[str]) -> None:
+    data = save({**kohya("lora_unet_conv_out"), **{key: torch.zeros(2, 2) for key in keys}})
+    for header_only in (False, True):
+        seen = inspect_file(data, header_only=header_only)
+        assert not seen.ok and all(part in seen.reason for part in parts), seen.reason
 
 
 @pytest.mark.parametrize(
@@ -344,3 +452,47 @@ def test_original_names_cover_the_published_sdxl_exactly() -> None:
     for key in shapes:
         component, _, path = key.partition(".")
         assert grammar.key(component, path.replace(".", "_")) == key
+
+
+def header_cases() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
+    """Whole files of every layout, small."""
+    q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    path = f"unet.{BLOCK}.attn2.to_k"
+    config = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2})}
+    loha = {f"{q}.hada_w{n}_{side}": torch.ones(2, 2) for n in "12" for side in "ab"}
+    lokr = {f"{q}.lokr_w1": torch.ones(1, 1), f"{q}.lokr_w2_a": torch.ones(6, 2), f"{q}.lokr_w2_b": torch.ones(2, 768)}
+    wide = {f"{q}.lora_down.weight": torch.ones(4, 1024), f"{q}.lora_up.weight": torch.ones(6, 4)}
+    named = {f"{path}.lora_A.weight": torch.ones(4, 2048), f"{path}.lora_B.weight": torch.ones(6, 4)}
+    half = torch.tensor(0.5)
+    tags = {"ss_tag_frequency": '{"a": {"sks": 1}}'}
+    return {
+        "kohya": ({**wide, f"{q}.alpha": half, f"{q}.dora_scale": torch.ones(6, 1)}, tags),
+        "diffusers": (named, config),
+        "loha": ({**loha, f"{q}.alpha": torch.tensor(2.0)}, {}),
+        "lokr": (lokr, {}),
+        "diff": ({f"{q}.diff": torch.ones(6, 768)}, {}),
+        "in part": ({**wide, "what.else": torch.ones(3)}, {}),
+        "bf16": ({key: value.bfloat16() for key, value in {**wide, f"{q}.alpha": half}.items()}, {}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", header_cases())
+def test_the_header_alone_says_the_same(case: str, tmp_path: Path) -> None:
+    tensors, metadata = header_cases()[case]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save(tensors, metadata or None))
+    whole, header = inspect_file(path).to_json(), inspect_file(path, header_only=True).to_json()
+    assert header.pop("header_only") and not whole.pop("header_only")
+    assert header == whole and whole["ranks"] and whole["sha256"]
+
+
+def test_the_header_alone_does_not_know_how_near_a_pair_is_and_does_not_read_weights(tmp_path: Path) -> None:
+    q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({f"{q}.diff": torch.full((300, 400), float("nan"))}))
+    seen = inspect_file(path, header_only=True)
+    assert seen.ok and seen.approximated == 1 and seen.error is None and seen.ranks == {256: 1}
+    assert "1 of 1 modules as their nearest pair," in seen.sentence() and json.dumps(seen.to_json())
+    assert "NaN" in inspect_file(path).reason
+    path.write_bytes(save({**kohya(q), f"{q}.alpha": torch.tensor(float("inf"))}))
+    assert "NaN or infinity" in inspect_file(path, header_only=True).reason

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mole_diffusion import GateConfig, StaticWeights, TriggerSpans, compose
+from mole_diffusion import GateConfig, RouterConfig, StaticWeights, TriggerSpans, compose
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.gates import BlockGate
 from mole_diffusion.gates.config import gate_from_json, gate_to_json, learned_static, nla, weighted_sum
@@ -101,7 +101,7 @@ def test_unconditional_rows_reuse_the_conditional_weights(sd: Any, scope: Any) -
         composition.condition(["a robot", "a bunny"], guidance=True)
         both = run_unet(sd, rows=4)
         for state in composition._context._states.values():
-            assert state.image.shape[0] == 4 and torch.equal(state.image[:2], state.image[2:])
+            assert state.probabilities.shape[0] == 2
         composition.condition(["a", "a", "a robot", "a bunny"], guidance=False)
         apart = run_unet(sd, rows=4)
     torch.testing.assert_close(both[2:], apart[2:], rtol=1e-4, atol=1e-4)
@@ -194,6 +194,8 @@ def test_trace_is_bounded_and_has_no_graph(sd: Any) -> None:
         weighted_sum([0.5, 2.0]),
         learned_static(2),
         TriggerSpans("own"),
+        GateConfig(granularity="layer", input="energy"),
+        RouterConfig(rank=3, scope="sample"),
     ],
 )
 def test_settings_survive_json(gate: Any) -> None:
@@ -205,7 +207,13 @@ BAD_SETTINGS: list[dict[str, Any]] = [
     {"kind": ["learned"]},
     {"kind": "learned", "scop": "token"},
     {"kind": "learned", "scope": "pixel"},
-    {"kind": "learned", "granularity": "matrix"},
+    {"kind": "learned", "granularity": "pixel"},
+    {"kind": "learned", "granularity": "network", "scope": "token"},
+    {"kind": "learned", "granularity": "matrix", "input": "expert_outputs"},
+    {"kind": "learned", "input": "weights"},
+    {"kind": "router", "rank": 0},
+    {"kind": "router", "temperature": 0.0},
+    {"kind": "router", "granularity": "block"},
     {"kind": "learned", "temperature": 0.0},
     {"kind": "learned", "temperature": float("nan")},
     {"kind": "learned", "hidden": 10**9},

@@ -10,21 +10,23 @@ from torch import Tensor, nn
 
 from mole_diffusion.experts import LowRank
 from mole_diffusion.functional import resample, to_maps
-from mole_diffusion.layers import ExpertBank, compose_layer
+from mole_diffusion.layers import ComposedConv2d, ComposedLinear, ExpertBank, SharedDown, compose_layer
+from mole_diffusion.layers.composed import merging_pays
 
 
 class Fixed:
     """A weigher that always gives the same weights (B|1, L|1, columns)."""
 
-    def __init__(self, weights: Tensor | None, grid: tuple[int, int] = (1, 1)) -> None:
-        self.weights = weights
+    def __init__(self, given: Tensor | None, grid: tuple[int, int] = (1, 1)) -> None:
+        self.given = given
         self.grid = grid
 
-    def linear(self, key: str, bank: ExpertBank, x: Tensor) -> Tensor | None:
-        return None if self.weights is None else self.weights[..., bank.owners]
-
-    def conv(self, key: str, bank: ExpertBank, down: tuple[int, int]) -> Tensor | None:
-        return None if self.weights is None else resample(to_maps(self.weights, self.grid), down)[:, bank.owners]
+    def weights(self, layer: ComposedLinear | ComposedConv2d, x: Tensor) -> Tensor | None:
+        if self.given is None:
+            return None
+        if isinstance(layer, ComposedLinear):
+            return layer.bank.pick(self.given)
+        return layer.bank.pick(resample(to_maps(self.given, self.grid), layer.grid(x)), axis=1)
 
 
 def pairs(shape: tuple[int, ...], ranks: tuple[int, ...] = (1, 3, 2)) -> dict[int, LowRank]:
@@ -119,6 +121,42 @@ def test_attributes_of_the_base_show_through_and_nothing_is_added_to_its_state()
 
 def test_bank_delta() -> None:
     experts = pairs((5, 6))
-    bank = ExpertBank(experts, torch.zeros(1))
+    base = torch.zeros(5, 6)
+    bank = ExpertBank(experts, base)
     expected = 0.2 * experts[0].delta() + 0.8 * experts[2].delta()
-    torch.testing.assert_close(bank.delta(torch.tensor([0.2, 0.0, 0.8])), expected)
+    torch.testing.assert_close(bank.delta(torch.tensor([0.2, 0.0, 0.8]), base), expected)
+
+
+@pytest.mark.parametrize("ranks", [(1, 3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_merged_rows_equal_two_products(rows: int, ranks: tuple[int, ...]) -> None:
+    """Without a graph one vector of weights for many tokens is put into the weight; the numbers stay."""
+    base, x = nn.Linear(6, 5), torch.randn(4, 500, 6)
+    bank = ExpertBank(pairs((5, 6), ranks), base.weight)
+    weights = torch.rand(rows, 1, 3)
+    assert merging_pays(rows, 2000, sum(ranks), 6, 5)
+    layer = compose_layer(base, bank, Fixed(weights), "k")
+    with torch.no_grad():
+        merged = layer(x)
+    torch.testing.assert_close(merged, layer(x), rtol=1e-5, atol=1e-5)
+    by_hand = [x[i] @ (base.weight + bank.delta(weights[i % rows, 0], base.weight)).mT + base.bias for i in range(4)]
+    torch.testing.assert_close(merged, torch.stack(by_hand).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_products_are_shared_by_modules_with_one_input_and_by_steps() -> None:
+    bases = [nn.Linear(6, 5) for _ in range(3)]
+    weights = torch.rand(1, 9, 3)
+    banks = [ExpertBank(pairs((5, 6)), base.weight) for base in bases]
+    layers = [compose_layer(base, bank, Fixed(weights), str(id(base))) for base, bank in zip(bases, banks, strict=True)]
+    x = torch.randn(2, 9, 6)
+    with torch.no_grad():
+        alone = [layer(x) for layer in layers]
+        shared = SharedDown(layers, keep=True)  # type: ignore[arg-type]
+        first = [layer(x) for layer in layers]
+        kept = shared._product
+        again = [layer(x) for layer in layers]
+        assert shared._product is kept
+        torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        x.mul_(2.0)  # the same tensor with other numbers is another input
+        torch.testing.assert_close(layers[0](x), layers[0].base(x) + 2 * (alone[0] - layers[0].base(x / 2)))

@@ -123,11 +123,8 @@ class Gated:
         self.gate = gate
         self.pool = pool
 
-    def linear(self, key: str, bank: ExpertBank, x: Tensor) -> Tensor | None:
-        return self.gate(x, pool=self.pool)[..., bank.owners]
-
-    def conv(self, key: str, bank: ExpertBank, down: tuple[int, int]) -> Tensor | None:
-        raise AssertionError
+    def weights(self, layer: Any, x: Tensor) -> Tensor | None:
+        return self.gate(x, pool=self.pool)
 
 
 @pytest.mark.parametrize("scale", ["softmax", "null", "sigmoid"])

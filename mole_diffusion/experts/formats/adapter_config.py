@@ -15,7 +15,6 @@ from mole_diffusion.experts.numbers import as_finite
 
 KEY = "lora_adapter_metadata"
 _REFUSED = {
-    "use_dora": "DoRA magnitudes",
     "lora_bias": "trained biases",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA",
@@ -74,6 +73,14 @@ class AdapterConfigs:
         if value is None:
             raise InvalidFile(f"The alpha of {module} must be a finite number, got {str(alpha)[:40]!r}.")
         return value, value / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def check_magnitude(self, module: str, magnitude: Any) -> None:
+        """Raises InvalidFile where the configuration says DoRA and the module has no magnitude."""
+        if magnitude is None and self.by_component.get(module.partition(".")[0], {}).get("use_dora"):
+            raise InvalidFile(
+                f"This file says that it is DoRA, but {module} has no lora_magnitude_vector: without it the module "
+                "would change in another way. Export it again."
+            )
 
 
 def _fields(flat: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 | unet.….attn1.processor.to_q_lora.down.weight | attention processors, diffusers < 0.20, with or without "unet." |
 | text_encoder.….q_proj.lora_linear_layer.down.weight, ….self_attn.to_q_lora.down.weight | text towers of then |
 | base_model.model.<path>.lora_A.weight | PEFT save_pretrained |
+| <path>.lora_magnitude_vector, ….lora_magnitude_vector.weight | DoRA, beside lora_A and lora_B |
 
 These files have no alpha of their own; α, r and their patterns come from the ``lora_adapter_metadata`` of the header.
 """
@@ -22,7 +23,7 @@ from mole_diffusion.errors import InvalidFile
 from mole_diffusion.experts.canonical import COMPONENTS, LowRank
 from mole_diffusion.experts.formats import Converted
 from mole_diffusion.experts.formats.adapter_config import AdapterConfigs
-from mole_diffusion.experts.formats.pairs import Parts, build_pair, unmatched_keys
+from mole_diffusion.experts.formats.pairs import Parts, build_pair, unmatched_keys, with_magnitude
 from mole_diffusion.experts.names import Resolver
 from mole_diffusion.experts.safefile import Header
 
@@ -33,9 +34,10 @@ _KEY = re.compile(
     r"\.(?P<new>lora_A|lora_B)(?:\.[A-Za-z0-9_-]+)?\.weight"
     r"|\.lora(?:_linear_layer)?\.(?P<mid>down|up)\.weight"
     r"|(?:\.processor)?\.to_(?P<proj>q|k|v|out)_lora\.(?P<old>down|up)\.weight"
+    r"|\.(?P<dora>lora_magnitude_vector)(?:\.[A-Za-z0-9_-]+)?(?:\.weight)?"
     r"|\.alpha)"
 )
-_PART = {"lora_A": "down", "lora_B": "up", "down": "down", "up": "up"}
+_PART = {"lora_A": "down", "lora_B": "up", "down": "down", "up": "up", "lora_magnitude_vector": "magnitude"}
 _UNET_TOP = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 _TEXT_TOP = ("text_model.", "encoder.layers.")
 
@@ -69,7 +71,8 @@ def convert(tensors: Mapping[str, Tensor], header: Header, resolver: Resolver | 
         built = build_pair(module, parts, default_scale=stated[1] if stated else None)
         if built is None:
             continue
-        modules[module] = built.pair
+        modules[module] = with_magnitude(module, parts, built).pair
+        configs.check_magnitude(module, modules[module].magnitude)
         alpha = built.alpha if built.alpha is not None else stated and stated[0]
         if alpha is not None:
             alphas[module] = alpha
@@ -88,7 +91,7 @@ def _place(key: str) -> tuple[str, str, str] | None:
     if match["proj"]:
         path = f"{path}.{_old_projection(component, match['proj'])}"
     path = path.removesuffix(".processor").replace(".processor.", ".")
-    found = match["new"] or match["mid"] or match["old"]
+    found = match["new"] or match["mid"] or match["old"] or match["dora"]
     return component, path, _PART[found] if found else "alpha"
 
 

@@ -13,6 +13,7 @@ are larger than the file that asks for them, so their size is checked before any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ MAX_EXACT = 256
 MAX_ERROR = 0.3
 _NUMBERS, _SEARCHED = 2**28, 2**30
 _OVERSAMPLED, _POWER_STEPS = 32, 4
+_BESIDE = {"alpha", "dora_scale"}
 _LOHA = {f"hada_w{n}_{side}" for n in "12" for side in "ab"}
 _CORES = {"hada_t1", "hada_t2"}
 _FIRST = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
@@ -45,12 +47,12 @@ class Budget:
 
     def spend(self, *products: tuple[int, ...]) -> None:
         """Raises InvalidFile where arrays of these shapes are more than is left."""
-        self.numbers -= sum(_count(shape) for shape in products)
+        self.numbers -= sum(math.prod(shape) for shape in products)
         self._check()
 
     def search(self, *shape: int) -> None:
         """The same for a matrix that is searched for its nearest pair."""
-        self.searched -= _count(shape)
+        self.searched -= math.prod(shape)
         self._check()
 
     def _check(self) -> None:
@@ -65,7 +67,7 @@ def build_lycoris(module: str, parts: Parts, budget: Budget) -> Built | None:
         InvalidFile: shapes that do not belong together, a product that no pair of ``MAX_EXACT`` ranks comes near or
             that is not finite, or one too many for ``budget``.
     """
-    tensors = {name: tensor.float() for name, tensor in parts.tensors.items() if name != "alpha"}
+    tensors = {name: tensor.float() for name, tensor in parts.tensors.items() if name not in _BESIDE}
     try:
         found = _product(tensors, budget)
     except (RuntimeError, ValueError, IndexError) as error:
@@ -76,7 +78,7 @@ def build_lycoris(module: str, parts: Parts, budget: Budget) -> Built | None:
     if found is None:
         return None
     (up, down), rank = found
-    if not (up.isfinite().all() and down.isfinite().all()):
+    if not down.is_meta and not (up.isfinite().all() and down.isfinite().all()):
         raise InvalidFile(f"The weights of {module} multiply to infinity: the file is damaged.")
     alpha = read_alpha(module, parts.tensors.get("alpha"))
     up, down, error = _limited(module, up, down, budget)
@@ -145,15 +147,8 @@ def _halves(weight: Tensor, budget: Budget) -> Pair:
     out, into = weight.shape[0], weight[0].numel()
     budget.spend((min(out, into), min(out, into)), (out, into))
     if out <= into:
-        return torch.eye(out), weight
-    return weight.flatten(1), torch.eye(into).reshape(into, *weight.shape[1:])
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+        return torch.eye(out, device=weight.device), weight
+    return weight.flatten(1), torch.eye(into, device=weight.device).reshape(into, *weight.shape[1:])
 
 
 def _limited(module: str, up: Tensor, down: Tensor, budget: Budget) -> tuple[Tensor, Tensor, float]:
@@ -161,6 +156,9 @@ def _limited(module: str, up: Tensor, down: Tensor, budget: Budget) -> tuple[Ten
     if len(down) <= MAX_EXACT:
         return up, down, 0.0
     budget.search(len(up), down[0].numel())
+    if down.is_meta:
+        rank = min(MAX_EXACT, len(up), down[0].numel())
+        return up[:, :rank], down[:rank], math.nan
     size = float(up.abs().max()) * float(down.abs().max()) or 1.0  # a huge product must not overflow its own error
     delta = (up / up.abs().max().clamp(min=1e-38)) @ (down.flatten(1) / down.abs().max().clamp(min=1e-38))
     left, right = _nearest(delta, min(MAX_EXACT, *delta.shape))

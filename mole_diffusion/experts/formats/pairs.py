@@ -1,9 +1,12 @@
-"""Shared by the layouts: put down, up and alpha of one module together."""
+"""Shared by the layouts: put down, up, alpha and DoRA magnitude of one module together.
+
+Tensors on the meta device stand for those of a file of which only the header was read: shapes without values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +32,10 @@ class Parts:
 
 
 class Built(NamedTuple):
-    """A module's pair, the α that its file states, and the relative error where the pair is only near the file's ΔW."""
+    """A module's pair, the α that its file states, and the relative error where the pair is only near the file's ΔW.
+
+    The error is NaN where it takes values to know it and there are none.
+    """
 
     pair: LowRank
     alpha: float | None
@@ -57,12 +63,39 @@ def build_pair(module: str, parts: Parts, default_scale: float | None = None) ->
     return Built(LowRank(down, up, scale), alpha or None)
 
 
+def with_magnitude(module: str, parts: Parts, built: Built) -> Built:
+    """The pair with its DoRA magnitude, where the parts hold one.
+
+    PEFT's ``lora_magnitude_vector`` has one number per output: (d_out,), or (1, d_out, 1, 1) for a convolution.
+    LyCORIS and OneTrainer write ``dora_scale``: (d_out, 1, …) on the output axis, (1, d_in, …) on the input axis.
+
+    Raises:
+        InvalidFile: on the input axis, or no number per output.
+    """
+    outputs = built.pair.b.shape[0]
+    for part in ("magnitude", "dora_scale"):
+        tensor = parts.tensors.get(part)
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if part == "dora_scale" and len(shape) > 1 and shape[0] == 1 != outputs:
+            raise InvalidFile(
+                f"The DoRA of {module} has one magnitude per input ({shape}), not per output as the paper has it: each "
+                "expert would need inputs of its own. Train it on the output axis (LyCORIS: wd_on_output=True, "
+                "OneTrainer: apply on output axis)."
+            )
+        if outputs not in shape or tensor.numel() != outputs:
+            raise InvalidFile(f"The DoRA magnitude of {module} has the shape {shape}, expected {outputs} numbers.")
+        return built._replace(pair=replace(built.pair, magnitude=_single(module, tensor.reshape(outputs))))
+    return built
+
+
 def _single(module: str, tensor: Tensor) -> Tensor:
     """At most fp32; what overflows there is refused."""
     if tensor.dtype != torch.float64:
         return tensor
     single = tensor.float()
-    if not single.isfinite().all():
+    if not single.is_meta and not single.isfinite().all():
         raise InvalidFile(f"The weights of {module} are too large for float32: the file is damaged.")
     return single
 

@@ -1,0 +1,90 @@
+"""RouterLoRA (arXiv 2406.16989): a router per module that any number of experts can stand before, in any order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mole_diffusion.functional import router_logits, softmax_gate
+from mole_diffusion.gates.block import pooled
+from mole_diffusion.gates.config import RouterConfig
+from mole_diffusion.gates.protocol import BlockSpec, Looks, Run, Sight, Total
+from mole_diffusion.gates.span import nla_rows
+
+
+class Router(nn.Module):
+    """A_r and B_r of one module; B_r starts at zero, so that routing starts at NLA.
+
+    Attributes:
+        a: (r, d_in).
+        b: (d_out, r).
+    """
+
+    def __init__(self, d_in: int, d_out: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(config.rank, d_in))
+        self.b = nn.Parameter(torch.zeros(d_out, config.rank))
+        self.log_tau = nn.Parameter(torch.tensor(math.log(config.temperature)))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+
+class RouterGates(nn.Module):
+    """Routers of all modules; see :class:`mole_diffusion.gates.RouterConfig`.
+
+    Its tensors say nothing of the experts: a trained router fits any set on the same modules.
+    """
+
+    looks: Looks = "site"
+    needs_spans = False
+    total: Total = "share"
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]], config: RouterConfig) -> None:
+        """``sizes``: module path → (input channels, output channels)."""
+        super().__init__()
+        self.config = config
+        self.guidance_rows = config.guidance_rows
+        self.routers = nn.ModuleDict(
+            {path.replace(".", "/"): Router(d_in, d_out, config) for path, (d_in, d_out) in sizes.items()}
+        )
+
+    def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor | None:
+        """(B, L or 1, N): per place, as in the paper."""
+        return None if sight is None else self._route(block, sight, run, run.places)
+
+    def text(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor | None:
+        """(B, T or 1, N): modules that read text are routed by it."""
+        return self._route(block, sight, run, None)
+
+    def network(self, block: BlockSpec, run: Run) -> Tensor:
+        """NLA: without an input there is nothing to route by."""
+        return nla_rows(run)
+
+    def encoder(self, block: BlockSpec, run: Run) -> Tensor:
+        """NLA."""
+        return nla_rows(run)
+
+    def gain(self, block: BlockSpec, text: bool) -> Tensor | None:
+        """None."""
+        return None
+
+    def static(self, block: BlockSpec, mask: Tensor) -> Tensor | None:
+        """A router looks at its input."""
+        return None
+
+    def _route(self, block: BlockSpec, sight: Sight, run: Run, places: Tensor | None) -> Tensor:
+        router, down, bank = self.routers[block.name.replace(".", "/")], sight.down, sight.bank
+        assert isinstance(router, Router) and down is not None and bank is not None
+        with torch.autocast(down.device.type, enabled=False):
+            query = F.linear(sight.hidden.float(), router.a)
+            keys = router.b.mT @ bank.b.float()
+            logits = router_logits(query, down, keys, bank.owners, max(run.experts, int(bank.chosen.max()) + 1))
+        logits = logits[..., : run.experts]
+        if self.config.scope == "sample":
+            logits = pooled(logits, places)
+        here = torch.zeros(run.experts, dtype=torch.bool, device=down.device)
+        here[bank.chosen[bank.chosen < run.experts]] = True
+        return softmax_gate(logits, router.log_tau.exp(), run.mask & here)
