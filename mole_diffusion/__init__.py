@@ -8,15 +8,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mole_diffusion.composition import Composition, compose
     from mole_diffusion.experts import Expert
-    from mole_diffusion.gates import GateConfig, RouterConfig, StaticWeights, TriggerSpans
+    from mole_diffusion.experts.combine import combine
+    from mole_diffusion.gates import (
+        GateConfig,
+        KLora,
+        LoraComposite,
+        LoraSwitch,
+        RouterConfig,
+        ScheduledWeights,
+        StaticWeights,
+        TriggerSpans,
+    )
     from mole_diffusion.persist import load_composition
 
 _HOME = {
     "Expert": "experts",
     "GateConfig": "gates",
+    "KLora": "gates",
+    "LoraComposite": "gates",
+    "LoraSwitch": "gates",
     "RouterConfig": "gates",
+    "ScheduledWeights": "gates",
     "StaticWeights": "gates",
     "TriggerSpans": "gates",
+    "combine": "experts.combine",
     "Composition": "composition",
     "compose": "composition",
     "load_composition": "persist",
@@ -25,9 +40,14 @@ __all__ = [
     "Composition",
     "Expert",
     "GateConfig",
+    "KLora",
+    "LoraComposite",
+    "LoraSwitch",
     "RouterConfig",
+    "ScheduledWeights",
     "StaticWeights",
     "TriggerSpans",
+    "combine",
     "compose",
     "load_composition",
 ]

@@ -1,4 +1,4 @@
-"""``python -m mole_diffusion``: inspect LoRA files and generate pictures from the command line.
+"""``python -m mole_diffusion``: inspect LoRA files, generate pictures and export compositions.
 
 Exit code 0 = done, 2 = refused, with one sentence on stderr that says why and what to do.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.bases.names import BASES
-from mole_diffusion.commands.resolve import METHODS
+from mole_diffusion.commands.methods import METHODS
 from mole_diffusion.errors import MoleError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_inspect(commands.add_parser("inspect", help="what is this file, and does it fit"))
     _add_generate(commands.add_parser("generate", help="make pictures with one or more LoRAs"))
+    _add_export(commands.add_parser("export", help="one ordinary LoRA from a composition, for other tools"))
     return parser
 
 
@@ -69,7 +70,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="demo", help=f"{', '.join(BASES)} or a pipeline folder (default: demo)")
     parser.add_argument("--expert", action="append", default=[], metavar="NAME_OR_FILE", help="repeat for several")
     parser.add_argument("--composition", type=Path, metavar="FILE", help="trained gates; brings its experts' names")
-    parser.add_argument("--method", choices=METHODS, help="how experts are weighted without trained gates")
+    parser.add_argument(
+        "--method", choices=METHODS, metavar="METHOD", help=f"compose without trained gates: {', '.join(METHODS)}"
+    )
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one per expert (default: 1 each)")
+    parser.add_argument(
+        "--region", action="append", default=[], metavar="NAME=L,T,R,B",
+        help="where an expert belongs: left, top, right, bottom from 0 to 1; repeat for several",
+    )  # fmt: skip
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative", default="", help="what not to show")
     parser.add_argument("--seed", type=int, default=0, help="picture k has seed + k")
@@ -83,6 +91,43 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-scores", action="store_true", help="do not load the image-text model")
     parser.add_argument("--json", action="store_true", help="report as JSON")
     parser.set_defaults(run=_generate)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("composition", type=Path, metavar="COMPOSITION")
+    parser.add_argument("--format", choices=("kohya", "diffusers"), default="kohya", help="default: kohya")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--base", default="demo", help=f"{', '.join(BASES)} or a pipeline folder (default: demo)")
+    parser.add_argument("--expert", action="append", default=[], metavar="NAME_OR_FILE", help="where its experts are")
+    parser.add_argument(
+        "--prompt", action="append", default=[],
+        help="what learned gates are averaged over; repeat for several (default: its triggers on plain grounds)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default: 2)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the base's)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best that is there)")
+    parser.add_argument("--json", action="store_true", help="report as JSON")
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mole_diffusion.commands.export import ExportArguments, run_export
+
+    asked = ExportArguments(
+        composition=arguments.composition,
+        format=arguments.format,
+        out=arguments.out,
+        base=arguments.base,
+        experts=arguments.expert,
+        prompts=arguments.prompt,
+        seeds=arguments.seeds,
+        steps=arguments.steps,
+        device=arguments.device,
+    )
+    with _progress() as on_step:
+        made = run_export(asked, on_step)
+    print(json.dumps(made, indent=2) if arguments.json else made["sentence"])
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -132,6 +177,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         device=arguments.device,
         scores=not arguments.no_scores,
+        weights=arguments.weights,
+        regions=arguments.region,
     )
     with _progress() as on_step:
         made = run_generate(asked, on_step)

@@ -20,17 +20,21 @@ class Attachment:
 
     Attributes:
         layers: canonical key → composed layer.
+        gated: the gated experts, whose triggers the host looks for; follows the experts when they are exchanged.
     """
 
     def __init__(self, host: Host, plan: Plan, context: Context) -> None:
         self.layers: dict[str, ComposedLinear | ComposedConv2d] = {}
+        self.gated = list(plan.gated)
         self._undo = ExitStack()
         try:
             host.check()
             self._freeze(host)
             self._swap(host, plan, context)
             self._share(plan)
-            self._undo.callback(host.watch(context, plan.gated))
+            if any(expert.embeddings for expert in plan.experts):
+                self._undo.callback(host.lend(plan.experts))
+            self._undo.callback(host.watch(context, self.gated))
             self._hook(host, plan, context)
         except BaseException:
             self._undo.close()

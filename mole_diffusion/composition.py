@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from mole_diffusion.attach import Attachment
-from mole_diffusion.context import Context, Record
+from mole_diffusion.context import Context
 from mole_diffusion.errors import InvalidRequest
+from mole_diffusion.exchange import carry_over, exchange, padded, take_over
 from mole_diffusion.experts.canonical import Expert
+from mole_diffusion.experts.combine import shared_embeddings
 from mole_diffusion.experts.inspect import HasShapes, check_fits
-from mole_diffusion.functional import balance_loss, entropy_loss, mean_gate, resample
+from mole_diffusion.functional import balance_loss, entropy_loss, mean_gate, nla_weights
 from mole_diffusion.gates import GateConfig, LearnedGates, SpanGate, StaticGate, StaticWeights, TriggerSpans
-from mole_diffusion.gates.config import AnyGate, RouterConfig, learned_static, nla, weighted_sum
+from mole_diffusion.gates.composite import average_passes
+from mole_diffusion.gates.config import AnyGate, KLora, learned_static, nla, weighted_sum
+from mole_diffusion.gates.make import build_gate
+from mole_diffusion.gates.protocol import Run
 from mole_diffusion.gates.router import RouterGates
 from mole_diffusion.hosts import host_for
-from mole_diffusion.merge import Merged, collapse, column_weights
+from mole_diffusion.merge import Merged, collapse, column_weights, trace_weights
 from mole_diffusion.plan import Plan, build_plan
 from mole_diffusion.prompts import Conditions
 from mole_diffusion.regions import Region, region_maps
@@ -36,6 +41,7 @@ def compose(
     gate: AnyGate | None = None,
     base: HasShapes | None = None,
     outside: Sequence[str] = (),
+    bucket: bool = False,
 ) -> Composition:
     """Compose experts on a pipeline; use the result as a context manager, or attach and detach it.
 
@@ -47,6 +53,8 @@ def compose(
         base: names the base in errors and in saved files.
         outside: names of experts that stay outside the gate, always on with weight 1, such as a style; accelerators
             always do.
+        bucket: pad experts to the next power of two of their largest rank, so that :meth:`Composition.switch` can put
+            any set of as many experts on the same modules into the same tensors; compiled models stay compiled.
 
     Raises:
         BaseMismatch: an expert does not fit.
@@ -56,7 +64,8 @@ def compose(
         check_fits(expert, base)  # pyright: ignore[reportArgumentType]
     config = gate or GateConfig()
     plan = build_plan(host_for(pipe), experts, config.granularity, outside)
-    return Composition(pipe, plan, config, base)
+    _check_bucket(bucket, config)
+    return Composition(pipe, padded(plan) if bucket else plan, config, base, bucket=bucket)
 
 
 class Composition:
@@ -69,16 +78,20 @@ class Composition:
         recipe: free notes about how the gate was trained; saved with it.
     """
 
-    def __init__(self, pipe: Any, plan: Plan, config: AnyGate, base: HasShapes | None = None) -> None:
+    def __init__(
+        self, pipe: Any, plan: Plan, config: AnyGate, base: HasShapes | None = None, *, bucket: bool = False
+    ) -> None:
         self.pipe = pipe
         self.host = host_for(pipe)
         self.plan = plan
         self.config = config
         self.base = base
+        self.bucket = bucket
         self.recipe: dict[str, Any] = {}
         self.gate = build_gate(plan, config).to(next(self.host.models()[self.host.main].parameters()).device).eval()
         self._context = Context(plan, self.gate, self._heard)
         self._attachment: Attachment | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         self._merged: Merged | None = None
         self._record = True
         self._subsets: Tensor | None = None
@@ -108,7 +121,7 @@ class Composition:
     @property
     def masked(self) -> tuple[str, ...]:
         """Names of the experts that are switched off."""
-        on = dict(zip(self.plan.columns, self._context.active + self._context.always_on, strict=True))
+        on = dict(zip(self.plan.columns, self._context.switches.flags, strict=True))
         return tuple(expert.name for expert in self.plan.experts if not on[expert])
 
     # On and off the pipeline.
@@ -117,15 +130,16 @@ class Composition:
         """Replace the target modules; base parameters take no gradient until :meth:`detach`."""
         if self._attachment is not None:
             raise InvalidRequest("This composition is already attached.")
-        outside = [expert.name for expert in self.plan.always]
-        build_plan(self.host, self.plan.experts, self.config.granularity, outside)  # has the model changed since?
+        build_plan(self.host, self.plan.experts, self.config.granularity, self._outside)  # has the model changed since?
         self._attachment = Attachment(self.host, self.plan, self._context)
+        self._unwatch = average_passes(self.host.models()[self.host.main], self._context)
         return self
 
     def detach(self) -> None:
         """Restore the pipeline exactly; does nothing where nothing is attached."""
         self.unmerge()
         if self._attachment is not None:
+            self._unwatch()
             self._attachment.undo()
             self._attachment = None
         self._context.clear()
@@ -137,6 +151,84 @@ class Composition:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def switch(
+        self, experts: Sequence[Expert], *, gate: AnyGate | None = None, outside: Sequence[str] = ()
+    ) -> None:
+        """Other experts on the same base, which is not touched; attached before, attached after, all of them on.
+
+        Where number, modules and ranks are the same (see ``bucket`` of :func:`compose`), the tensors stay and only
+        numbers change. A router keeps what it has learned (modules that it never saw start at NLA), other gates start
+        anew.
+
+        Args:
+            experts, outside: as for :func:`compose`.
+            gate: default: the same settings.
+
+        Raises:
+            BaseMismatch, InvalidRequest: as :func:`compose`; nothing has changed then.
+        """
+        for expert in experts if self.base is not None else ():
+            check_fits(expert, self.base)  # pyright: ignore[reportArgumentType]
+        config = gate or self.config
+        _check_bucket(self.bucket, config)
+        plan = build_plan(self.host, experts, config.granularity, outside, owner=self._context)
+        plan = padded(plan) if self.bucket else plan
+        new = build_gate(plan, config).to(next(self.host.models()[self.host.main].parameters()).device)
+        if isinstance(new, RouterGates) and isinstance(self.gate, RouterGates):
+            carry_over(new, self.gate)
+        self.unmerge()
+        if not self._exchanged(plan, config, new):
+            self._replace(plan, config, new)
+        self._subsets = None
+        self.record(self._record)
+
+    def _replace(self, plan: Plan, config: AnyGate, new: Any) -> None:
+        """Take everything off and put the others on; where that fails, these again."""
+        attached, before = self.attached, (self.plan, self.config, self.gate, self._context)
+        self.detach()
+        self.plan, self.config, self.gate = plan, config, new.train(self.gate.training)
+        self._context = Context(plan, self.gate, self._heard)
+        try:
+            if attached:
+                self.attach()
+        except BaseException:
+            self.plan, self.config, self.gate, self._context = before
+            self.attach()
+            raise
+
+    def _exchanged(self, plan: Plan, config: AnyGate, new: Any) -> bool:
+        """Put everything into the tensors that are there; False, and nothing has changed, where that cannot be."""
+        same = config == self.config and plan.blocks == self.plan.blocks and len(plan.gated) == len(self.plan.gated)
+        fixed = isinstance(new, LearnedGates | StaticGate | SpanGate | RouterGates)
+        words = any(expert.embeddings for expert in (*self.experts, *plan.experts))
+        if self._attachment is None or words or not (same and fixed) or not exchange(self._attachment.layers, plan):
+            return False
+        copied = take_over(self.gate, new)
+        assert copied
+        self.plan = plan
+        self._context.adopt(plan)
+        self._attachment.gated[:] = plan.gated
+        for column in range(len(plan.columns)):
+            self._context.switches.set(column, True)
+        self._context.prior = None
+        self._context.clear()
+        self._context.announce(Conditions())
+        return True
+
+    def add(self, expert: Expert, *, gate: AnyGate | None = None) -> None:
+        """One expert more; see :meth:`switch`."""
+        self.switch([*self.experts, expert], gate=gate, outside=self._outside)
+
+    def remove(self, name: str, *, gate: AnyGate | None = None) -> None:
+        """One expert less, for good; :meth:`mask` switches one off for a while. See :meth:`switch`."""
+        self._check_name(name)
+        kept = [expert for expert in self.experts if expert.name != name]
+        self.switch(kept, gate=gate, outside=[other for other in self._outside if other != name])
+
+    @property
+    def _outside(self) -> list[str]:
+        return [expert.name for expert in self.plan.always]
 
     # Prompts.
 
@@ -152,6 +244,7 @@ class Composition:
             subsets: for each prompt the names of the gated experts that it may use; None = those of
                 :meth:`use_subsets`, if any.
         """
+        self._refuse_merged(subsets, "subsets for each prompt")
         spans = None
         if prompts is not None and self.gate.needs_spans:
             spans = self.host.spans(prompts, self.plan.gated)
@@ -165,8 +258,9 @@ class Composition:
             subsets: for each prompt the names of its gated experts; None = all experts for all prompts again.
 
         Raises:
-            InvalidRequest: an unknown name.
+            InvalidRequest: an unknown name, or the weights are merged into the base.
         """
+        self._refuse_merged(subsets, "subsets for each prompt")
         self._subsets = None if subsets is None else self._as_mask(subsets)
         conditions = self._context.conditions
         self._context.conditions = Conditions(conditions.guidance, conditions.spans, self._subsets)
@@ -179,7 +273,8 @@ class Composition:
     def _heard(self, prompts: Sequence[str] | None, guidance: bool) -> None:
         """The pipeline encodes prompts; embeddings that come ready-made keep the prompts announced before."""
         if prompts is None:
-            self._context.announce(Conditions(guidance, self._context.conditions.spans, self._subsets))
+            known = self._context.conditions
+            self._context.announce(Conditions(guidance, known.spans, known.subsets))
         else:
             self.condition(prompts, guidance=guidance)
 
@@ -194,13 +289,17 @@ class Composition:
             floor: the least prior, so that a region pulls and does not cut; 0 is allowed with plain sums only.
 
         Raises:
-            InvalidRequest: an unknown name, a malformed region, or a floor that the gate cannot have.
+            InvalidRequest: an unknown name, a malformed region, a floor that the gate cannot have, or the weights are
+                merged into the base.
         """
+        self._refuse_merged(regions, "regions")
         if regions is None:
             self._context.prior = None
             return
         for name in regions:
             self._check_name(name)
+            if name in (expert.name for expert in self.plan.always):
+                raise InvalidRequest(f"{name!r} is outside the gate, so nothing weighs it by places: give no region.")
         if not 0 <= floor < 1 or (floor == 0 and self.gate.total != "free"):
             raise InvalidRequest(f"A region's floor must be above 0 (0 with plain sums) and below 1, got {floor!r}.")
         self._context.prior = region_maps([regions.get(expert.name) for expert in self.plan.gated], floor)
@@ -220,11 +319,9 @@ class Composition:
             self._check_name(name)
         merged = self._merged is not None
         self.unmerge()
-        count = len(self.plan.gated)
         for column, expert in enumerate(self.plan.columns):
             if expert.name in names:
-                flags = self._context.active if column < count else self._context.always_on
-                flags[column if column < count else column - count] = on
+                self._context.switches.set(column, on)
         if merged:
             self.merge()
 
@@ -273,7 +370,7 @@ class Composition:
         if not records:
             raise InvalidRequest("No gate has run yet: call the UNet with the composition attached first.")
         means = torch.stack(
-            [mean_gate(record.probabilities, _places(record, token_mask)) for record in records.values()]
+            [mean_gate(record.probabilities, record.places(token_mask)) for record in records.values()]
         )
         loss = entropy_loss if kind == "entropy" else balance_loss
         return loss(means, self._context.mask(means.device))
@@ -291,11 +388,17 @@ class Composition:
 
     # Static weights.
 
+    @property
+    def is_static(self) -> bool:
+        """Do the weights depend on no input, no step and no prompt?"""
+        mask = self._context.mask(self._device)
+        return all(self.gate.static(block, mask) is not None for block in self.plan.blocks)
+
     def merge(self) -> None:
         """Put static weights into the base's weights, so that they cost nothing; masks keep working.
 
         Raises:
-            InvalidRequest: not attached, or the gate looks at its input.
+            InvalidRequest: not attached, the gate looks at its input, or regions or subsets are in force.
         """
         if self._attachment is None:
             raise InvalidRequest("Attach the composition before merging it.")
@@ -310,13 +413,55 @@ class Composition:
             self._merged = None
             self._context.frozen_out = False
 
-    def collapse(self, name: str = "collapsed") -> Expert:
-        """One ordinary LoRA of rank Σ r_i that equals this composition of static weights."""
-        return Expert(name, collapse(self.plan, self._static_weights()), base=self.plan.experts[0].base)
+    def collapse(self, name: str = "collapsed", *, traces: Sequence[Trace] | None = None) -> Expert:
+        """One ordinary LoRA of rank Σ r_i, for tools that know no gates.
+
+        It equals a composition of static weights. Learned gates are averaged, per block, over what they said in a
+        calibration run, and the result answers no longer to its input.
+
+        Args:
+            name: of the expert.
+            traces: of the calibration's pictures, from :meth:`trace`; default: the last one. Static weights need none.
+
+        Raises:
+            InvalidRequest: nothing was recorded, regions or subsets are in force, or an expert is DoRA.
+        """
+        self._refuse_places()
+        if self.is_static:
+            weights = self._static_weights()
+        else:
+            flags = self._context.switches.flags[len(self.plan.gated) :]
+            weights = trace_weights(self.plan, [self.trace()] if traces is None else traces, self._unseen(), flags)
+        modules, embeddings = collapse(self.plan, weights), shared_embeddings(self.experts)
+        return Expert(name, modules, base=self.experts[0].base, embeddings=embeddings)
+
+    def _unseen(self) -> dict[str, Tensor]:
+        """(N,) weights of places that no trace holds: text encoders as they are without triggers, else NLA."""
+        mask = self._context.mask(self._device)
+        nla = nla_weights(len(self.plan.gated), mask)
+        asks = [block for block in self.plan.blocks if block.kind == "encoder" and not isinstance(self.gate, SpanGate)]
+        told = {block.name: self.gate.encoder(block, Run(mask)).detach().mean((0, 1)) for block in asks}
+        return {block.name: told.get(block.name, nla) for block in self.plan.blocks}
+
+    def _refuse_merged(self, setting: Any, what: str) -> None:
+        if setting is not None and self._merged is not None:
+            raise InvalidRequest(f"Merged weights are the same everywhere, so {what} need unmerge() first.")
+
+    def _refuse_places(self) -> None:
+        if self._context.prior is not None or self._context.conditions.subsets is not None:
+            raise InvalidRequest(
+                "Regions and subsets give places and rows weights of their own, which one merged weight cannot have: "
+                "call place(None) and use_subsets(None) first."
+            )
 
     def _static_weights(self) -> dict[str, Tensor]:
-        mask = self._context.mask(next(iter(self.gate.state_dict().values()), torch.empty(0)).device)
-        return column_weights(self.plan, self.gate, mask, self._context.always_on)
+        self._refuse_places()
+        mask = self._context.mask(self._device)
+        return column_weights(self.plan, self.gate, mask, self._context.switches.flags[len(self.plan.gated) :])
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.gate.state_dict().values()), torch.empty(0)).device
 
     # Files.
 
@@ -327,37 +472,6 @@ class Composition:
         return save_composition(self, path)
 
 
-def build_gate(plan: Plan, config: AnyGate) -> LearnedGates | StaticGate | SpanGate | RouterGates:
-    """The gate module for a plan.
-
-    Raises:
-        InvalidRequest: the settings contradict the experts.
-    """
-    count = len(plan.gated)
-    if isinstance(config, StaticWeights):
-        return StaticGate(plan.blocks, count, config)
-    if isinstance(config, GateConfig):
-        return LearnedGates(plan.blocks, count, config)
-    if isinstance(config, RouterConfig):
-        return RouterGates(plan.sizes, config)
-    triggers = [expert.trigger for expert in plan.gated]
-    if not all(triggers):
-        nameless = next(expert.name for expert in plan.gated if not expert.trigger)
-        raise InvalidRequest(f"Trigger spans need every expert's trigger words; {nameless!r} has none.")
-    if len({str(trigger).lower() for trigger in triggers}) < count:
-        raise InvalidRequest("Two experts have the same trigger words, so trigger spans cannot tell them apart.")
-    return SpanGate(count, config)
-
-
-def _places(record: Record, token_mask: Tensor | None) -> Tensor | None:
-    """(rows, L) weights of the places that a token gate's mean runs over."""
-    rows, length, _ = record.probabilities.shape
-    if length == 1:
-        return None
-    if record.spans is not None:
-        owned = record.spans.any(-1)
-        return owned if bool(owned.any()) else None
-    if token_mask is None or record.grid[0] * record.grid[1] != length:
-        return None
-    pooled = resample(token_mask[-rows:].float().unsqueeze(1), record.grid)
-    return pooled.to(record.probabilities.device).flatten(1)
+def _check_bucket(bucket: bool, config: AnyGate) -> None:
+    if bucket and isinstance(config, KLora):
+        raise InvalidRequest("K-LoRA chooses by the experts' true ranks, which a bucket would pad: leave bucket off.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,37 +21,14 @@ from mole_diffusion.hosts import Step
 from mole_diffusion.layers import ComposedConv2d, ComposedLinear
 from mole_diffusion.plan import Plan, Site
 from mole_diffusion.prompts import Conditions
+from mole_diffusion.records import Grid, Record, State
+from mole_diffusion.regions import check_grid
+from mole_diffusion.switches import Switches
 from mole_diffusion.trace import Recorder
 
 Layer = ComposedLinear | ComposedConv2d
-Grid = tuple[int, int]
+_PLACES = ("transformer", "resnet", "layer")
 _INPUTS = ("hidden_states", "input_tensor", "x")
-
-
-@dataclass
-class State:
-    """What one place's gate said in the running forward pass; (rows or 1, places or 1, N), before the gain."""
-
-    probabilities: Tensor
-    run: Run
-    grid: Grid = (1, 1)
-    gain: Tensor | None = None
-    text: State | None = None
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a gate said in the last forward pass: probabilities before the gain, (rows or 1, L or 1, N)."""
-
-    probabilities: Tensor
-    gain: Tensor | None
-    grid: Grid
-    spans: Tensor | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        """What the experts get: probabilities times gain."""
-        return self.probabilities if self.gain is None else self.probabilities * self.gain
 
 
 class Context:
@@ -61,18 +39,16 @@ class Context:
     inputs; so one call of the main model must be followed by its backward pass before the next call.
 
     Attributes:
-        active: one bool per gated expert.
-        always_on: one bool per expert outside the gate.
+        switches: which experts are on.
         frozen_out: layers answer with the base alone (weights are merged into it).
         prior: (1 or rows, N, h, w) where each expert belongs, or None.
     """
 
     def __init__(self, plan: Plan, gate: Gate, attended: Any = None) -> None:
-        self.plan = plan
+        self.adopt(plan)
         self.gate = gate
         self.heard = attended
-        self.active = [True] * len(plan.gated)
-        self.always_on = [True] * len(plan.always)
+        self.switches = Switches(len(plan.gated), len(plan.always))
         self.conditions = Conditions()
         self.frozen_out = False
         self.prior: Tensor | None = None
@@ -81,19 +57,26 @@ class Context:
         self.latent: Grid = (1, 1)
         self.steps = 0
         self._states: dict[str, State] = {}
+        self._kept: dict[str, State] = {}
         self._run: Run | None = None
+        self._runs: dict[str, Run] = {}
         self._forced: Tensor | None = None
         self._cache: dict[tuple[Any, ...], Tensor] = {}
+
+    def adopt(self, plan: Plan) -> None:
+        """These are the experts from now on."""
+        self.plan = plan
         self._blocks = {block.name: block for block in plan.blocks}
+        self._triggered = any(expert.trigger for expert in plan.gated)  # compiled graphs ask this, not the words
 
     @property
     def idle(self) -> bool:
         """Nothing to do: the base alone."""
-        return self.frozen_out or not any(self.active + self.always_on)
+        return self.frozen_out or not self.switches.any
 
-    def mask(self, device: torch.device | str = "cpu") -> Tensor:
+    def mask(self, device: torch.device) -> Tensor:
         """(N,) bool over the gated experts."""
-        return torch.tensor(self.active, device=device)
+        return self.switches.mask(device)
 
     def announce(self, conditions: Conditions) -> None:
         """The next batches come from these prompts."""
@@ -106,15 +89,30 @@ class Context:
         self._states.clear()
         self._cache.clear()
         self.records.clear()
+        self._kept = {}
         self._run = None
+        self._runs.clear()
+        self._forced = None
+
+    @property
+    def run(self) -> Run | None:
+        """What the running pass of the main model offers to gates; None where there is nothing to weigh."""
+        return self._run
+
+    def force(self, weights: Tensor | None) -> None:
+        """The main model goes on with these weights in every place, (rows or 1, 1, N); None = with the gate's again."""
+        self._forced = weights
+        self._cache.clear()
 
     # Layers ask.
 
     def weights(self, layer: Layer, x: Tensor) -> Tensor | None:
         """See :class:`mole_diffusion.layers.Weigher`."""
-        if self._off(layer):
-            return None
         site = self.plan.sites[layer.key]
+        if self._off(layer):
+            if self.gate.looks == "site" and site.block.kind in _PLACES and not self.idle:
+                self._state(site.block, layer, x)  # masks do not move the place at which a gate looks
+            return None
         state = self._state(site.block, layer, x)
         if site.sees == "text" and site.block.kind != "encoder":
             state = self._text(site.block, state, layer, x)
@@ -123,10 +121,7 @@ class Context:
         return layer.bank.pick(shaped, axis=-1 if grid is None else 1)
 
     def _off(self, layer: Layer) -> bool:
-        if self.frozen_out:
-            return True
-        active = self.active + self.always_on
-        return not any(active[column] for column in layer.bank.columns)
+        return self.frozen_out or not self.switches.any_of(layer.bank.columns)
 
     def _shaped(self, site: Site, state: State, x: Tensor, grid: Grid | None) -> Tensor:
         """Weights over all columns for one input, (rows, places, columns), or (rows, columns, h, w) for a grid.
@@ -136,7 +131,7 @@ class Context:
         if torch.is_grad_enabled() or site.block.kind == "matrix":
             return self._columns(state, site.sees, x, grid)
         form = grid or ("row" if x.ndim == 2 else x.shape[1] if site.sees == "image" else site.sees)
-        key = (site.block.name, id(state), form)
+        key = (site.block.name, site.sees, form)
         if key not in self._cache:
             self._cache[key] = self._columns(state, site.sees, x, grid)
         return self._cache[key]
@@ -152,12 +147,12 @@ class Context:
                 f"A gate per place saw {values.shape[1]} places, but a module of its block got {x.shape[1]}: choose "
                 "the scope sample, or the granularity matrix, for this model."
             )
-        if sees == "image" and self.prior is not None:
+        if sees == "image" and self.prior is not None and (grid is not None or x.ndim == 3):
             values, here = self._placed(values, here if values.shape[1] > 1 else None, x, grid)
         if state.gain is not None:
             values = values * state.gain
-        if self.always_on:
-            always = values.new_tensor([float(on) for on in self.always_on])
+        if self.plan.always:
+            always = self.switches.all(values.device)[self.switches.gated :].to(values.dtype)
             values = torch.cat([values, always.expand(*values.shape[:-1], -1)], -1)
         return values if grid is None else to_maps(values, here)
 
@@ -165,34 +160,47 @@ class Context:
         """Weights under the prior; a weight for all places becomes one for each."""
         assert self.prior is not None
         cells = here or grid or token_grid(x.shape[1], self.latent)
+        if grid is None:
+            check_grid(cells, self.latent)
         prior = F.adaptive_avg_pool2d(self.prior.to(values.device), cells).flatten(2).mT
         return with_prior(values, prior, self.gate.total), cells
 
     def _state(self, block: BlockSpec, layer: Layer, x: Tensor) -> State:
-        if self._forced is not None:
+        if self._forced is not None and block.kind != "encoder":
             assert self._run is not None
             return State(self._forced, self._run)
         state = self._states.get(block.name)
-        lazy = self.gate.looks == "site" and block.kind not in ("network", "encoder")
-        if lazy and (state is None or block.kind == "matrix"):
+        lazy = self.gate.looks == "site" and block.kind not in ("network", "encoder") and block.name not in self._kept
+        due = state is not None and state.waits and self.plan.sites[layer.key].sees != "text"
+        if lazy and (state is None or block.kind == "matrix" or state.looker == layer.key or due):
             state = self._look(block, layer, x)
+            state.looker = layer.key
         if state is None:
             raise InvalidRequest(f"{block.name} ran outside its model's forward pass: call the whole model.")
         return state
 
     def _look(self, block: BlockSpec, layer: Layer, x: Tensor) -> State:
         """The gate looks at the first module that runs in its place."""
-        run = self._running()
+        run = self._running(block.name)
         site = self.plan.sites[layer.key]
-        if site.sees == "text" and not block.image:
-            return self._enter(block, None, (1, 1))  # only its text side has targets
+        before = self._states.get(block.name)
+        if site.sees == "text" and not self.gate.pools:
+            state = self._enter(block, None, (1, 1), run)
+            state.waits = True
+            return state
         sight, grid = self._sight(layer, x)
         if isinstance(layer, ComposedLinear):
             grid = token_grid(sight.hidden.shape[1], self.latent)
-        return self._enter(block, self.gate.image(block, sight, run), grid)
+        state = self._enter(block, self.gate.image(block, sight, run), grid, run)
+        if before is not None and before.waits:
+            state.text = before.text
+            self._cache.clear()
+        return state
 
     def _sight(self, layer: Layer, x: Tensor) -> tuple[Sight, Grid]:
         """What there is to see at one module, tokens in the last dimension but one; on the grid of its output."""
+        site = self.plan.sites[layer.key]
+        x, places = self._running(site.block.name).seen(x, self.gate.pools, text=site.sees == "text")
         down = layer.down(x)
         if isinstance(layer, ComposedConv2d):
             grid = (down.shape[2], down.shape[3])
@@ -200,7 +208,7 @@ class Context:
         else:
             grid = (1, 1)
             hidden, down = (self._take(t.unsqueeze(1) if t.ndim == 2 else t) for t in (x, down))
-        return Sight(hidden, down, layer.bank, key=layer.key), grid
+        return Sight(hidden, down, layer.bank, key=layer.key, places=places), grid
 
     def _text(self, block: BlockSpec, state: State, layer: Layer, x: Tensor) -> State:
         if self._forced is not None:
@@ -221,35 +229,48 @@ class Context:
 
     def begin(self, step: Step) -> None:
         """The main model starts: learn the batch, weigh what looks at nothing."""
-        self.clear()
+        kept = dict(self._states) if step.after == "prompt" and self.gate.pools else {}
+        if step.after != "part":
+            self.clear()
         if self.idle:
             return
+        if step.after == "prompt" and step.text is None and self._asks_prompt:
+            raise InvalidRequest(
+                "This pass goes on from a prompt that no gate saw: start from the prompt with the composition attached."
+            )
+        self._cache.clear()
+        self._states.update(kept)
+        self._kept = kept
         self._follow(step.device)
         rows = self.conditions.rows(step.rows, self.reuse)
         spans = None
-        if self.gate.needs_spans and any(expert.trigger for expert in self.plan.gated):
+        if self.gate.needs_spans and self._triggered:
             assert step.text is not None
-            spans = self.conditions.spans_for(step.rows, self.reuse, step.text.shape[1]).to(step.device)
+            spans = step.spans
+            if spans is None:
+                spans = self.conditions.spans_for(step.rows, self.reuse, step.text.shape[1]).to(step.device)
         self.latent = step.latent
         mask = self.conditions.mask_for(self.mask(step.device), step.rows, self.reuse)
-        times, text, places = (None if t is None else t[-rows:] for t in (step.times, step.text, step.places))
-        time = None if times is None else timestep_features(times, TIME_WIDTH)
-        self._run = Run(mask, time, text, spans, places, self.steps, times, step.horizon)
+        offered = (step.times, step.text, step.places, step.text_places)
+        times, text, places, text_places = (None if t is None else t[-rows:] for t in offered)
+        time = None if times is None else timestep_features(times * (1000 / step.horizon), TIME_WIDTH)
+        run = Run(mask, time, text, spans, places, self.steps, times, step.horizon, text_places, step.memory)
+        self._run = run
         for block in self.plan.blocks:
             if block.kind == "network":
-                self._enter(block, self.gate.network(block, self._run), (1, 1))
+                self._enter(block, self.gate.network(block, run), (1, 1), run)
             elif block.kind != "encoder" and self.gate.looks == "nothing":
-                self._enter(block, self.gate.image(block, None, self._run), (1, 1))
+                self._enter(block, self.gate.image(block, None, run), (1, 1), run)
 
     def end(self) -> None:
         """The main model has finished: hand the weights to the recorder."""
         self.steps += 1
-        if self._run is not None:
+        if self._run is not None and not torch.compiler.is_compiling():  # each longer list would be another graph
             self.recorder.add({name: (record.weights, record.grid) for name, record in self.records.items()})
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a gated place: weigh its experts by its input, (B, L, d) or (B, C, H, W)."""
-        if self.idle or self._run is None or self._forced is not None:
+        if self.idle or self._run is None or self._forced is not None or name in self._kept:
             return
         self._cache.clear()
         if self.gate.looks == "site":  # the first module in it will look
@@ -257,14 +278,14 @@ class Context:
             return
         hidden = args[0] if args else next(kwargs[key] for key in _INPUTS if key in kwargs)
         tokens, grid = self._tokens(hidden)
-        block = self._blocks[name]
-        sight = Sight(self._take(tokens))
+        block, run = self._blocks[name], self._running(name)
+        seen, places = run.seen(tokens, self.gate.pools)
+        sight = Sight(self._take(seen), places=places)
         if self.gate.looks == "outputs":
-            outputs = self._outputs(module, args, kwargs)
-            if hidden.ndim == 4:
-                grid = (outputs[0].shape[2], outputs[0].shape[3])
-            sight = Sight(sight.hidden, outputs=concatenated([self._take(self._tokens(out)[0]) for out in outputs]))
-        self._enter(block, self.gate.image(block, sight, self._run), grid)
+            outputs = [self._tokens(output) for output in self._outputs(run, hidden, module, args, kwargs)]
+            found, grid = concatenated([self._take(tokens) for tokens, _ in outputs]), outputs[0][1]
+            sight = Sight(self._take(tokens), outputs=found, places=run.places)
+        self._enter(block, self.gate.image(block, sight, run), grid, run)
 
     def encode(self, component: str, spans: Tensor | None, places: torch.device) -> None:
         """A text encoder starts."""
@@ -286,14 +307,30 @@ class Context:
         """Do unconditional rows take the conditional rows' weights?"""
         return self.conditions.guidance and self.gate.guidance_rows == "reuse"
 
-    def _running(self) -> Run:
+    def _running(self, name: str) -> Run:
+        """What the pass offers to a place; when checkpointing computes it again, what it offered the first time."""
         if self._run is None:
             raise InvalidRequest("A composed module ran outside its model's forward pass: call the whole model.")
-        return self._run
+        return self._runs.setdefault(name, self._run)
 
-    def _outputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The block's output with each expert alone (Eq. 7-8), N passes."""
-        run = self._running()
+    @property
+    def _asks_prompt(self) -> bool:
+        network = any(block.kind == "network" for block in self.plan.blocks)
+        return self.gate.looks != "nothing" and (self.gate.pools or network)
+
+    def _outputs(
+        self, run: Run, hidden: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """The block's output with each expert alone (Eq. 7-8), N passes; of several outputs the one like ``hidden``.
+
+        Raises:
+            InvalidRequest: every pass would write into a cache of keys and values.
+        """
+        if kwargs.get("past_key_values") is not None:
+            raise InvalidRequest(
+                "A gate that looks at every expert's output runs each block several times, which would fill the cache "
+                "several times: pass use_cache=False, or choose another input for the gate."
+            )
         outputs = []
         with self._alone():
             for expert in range(run.experts):
@@ -302,7 +339,9 @@ class Context:
                 self._forced = one_hot
                 self._cache.clear()
                 found = module.forward(*args, **kwargs)
-                outputs.append(found[0] if isinstance(found, tuple) else found)
+                parts = found if isinstance(found, tuple) else (found,)
+                like = (part for part in parts if part is not None and part.shape[:2] == hidden.shape[:2])
+                outputs.append(next(like, parts[0]))
         self._cache.clear()
         return outputs
 
@@ -313,8 +352,7 @@ class Context:
         finally:
             self._forced = None
 
-    def _enter(self, block: BlockSpec, weights: Tensor | None, grid: Grid) -> State:
-        run = self._running()
+    def _enter(self, block: BlockSpec, weights: Tensor | None, grid: Grid, run: Run) -> State:
         if weights is None:
             nla = nla_weights(run.experts, run.mask)
             state = State(nla if nla.ndim == 3 else nla.expand(1, 1, -1), run, grid)
@@ -342,7 +380,7 @@ class Context:
         """Gates live where the model runs."""
         gate = self.gate
         assert isinstance(gate, nn.Module)
-        held = next(iter(gate.state_dict().values()), None)
+        held = next(chain(gate.parameters(), gate.buffers()), None)
         if held is not None and held.device != device:
             gate.to(device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from mole_diffusion.experts.canonical import LowRank
 from mole_diffusion.gates.protocol import Gate
 from mole_diffusion.layers import ComposedConv2d, ComposedLinear
 from mole_diffusion.plan import Plan
+from mole_diffusion.trace import Trace
 
 
 def column_weights(plan: Plan, gate: Gate, mask: Tensor, always_on: list[bool]) -> dict[str, Tensor]:
@@ -25,20 +26,50 @@ def column_weights(plan: Plan, gate: Gate, mask: Tensor, always_on: list[bool]) 
         weights = gate.static(block, mask)
         if weights is None:
             raise InvalidRequest(
-                "Only static weights can be merged or collapsed: this gate gives other weights for every input."
+                "Only static weights can be merged or collapsed: this gate gives other weights for every input or step."
             )
         table[block.name] = torch.cat([weights.detach().float().cpu(), torch.tensor(always_on, dtype=torch.float32)])
     return table
 
 
+def trace_weights(
+    plan: Plan, traces: Sequence[Trace], unseen: Mapping[str, Tensor], always_on: list[bool]
+) -> dict[str, Tensor]:
+    """Block → (columns,) weights on the CPU: what gates said on average over all steps of all traces.
+
+    Text-token gates are listed as "<block>:text"; what no trace holds (text encoders, blocks without a
+    gate) gets ``unseen``, block → (N,).
+
+    Raises:
+        InvalidRequest: the traces are empty, or belong to other experts.
+    """
+    names = tuple(expert.name for expert in plan.gated)
+    if not traces or any(not trace.weights for trace in traces):
+        raise InvalidRequest(
+            "These gates give other weights for every input, and nothing was recorded to average: make some pictures "
+            "first, and hand over composition.trace() of each."
+        )
+    if any(trace.names != names for trace in traces):
+        raise InvalidRequest(f"A trace of other experts was given: expected {', '.join(names)}.")
+    always = torch.tensor(always_on, dtype=torch.float32)
+    table = {block.name: torch.cat([unseen[block.name].float().cpu(), always]) for block in plan.blocks}
+    for name in {name for trace in traces for name in trace.weights}:
+        steps = torch.tensor([row for trace in traces for row in trace.weights.get(name, [])])
+        table[name] = torch.cat([steps.mean(0), always])
+    return table
+
+
 class Merged:
-    """Weights with the experts added; :meth:`undo` copies the originals back."""
+    """Weights with the experts added; :meth:`undo` puts the very same parameters back.
+
+    Modules get parameters of their own, since a weight may be tied to another one, as a head's to the embedding.
+    """
 
     @torch.no_grad()
     def __init__(
         self, layers: Mapping[str, ComposedLinear | ComposedConv2d], plan: Plan, weights: Mapping[str, Tensor]
     ) -> None:
-        self._originals: list[tuple[Tensor, Tensor]] = []
+        self._originals: list[tuple[nn.Module, Tensor]] = []
         try:
             for key, layer in layers.items():
                 self._merge(layer, weights[plan.sites[key].block.name])
@@ -52,14 +83,13 @@ class Merged:
         weight = base.weight
         assert isinstance(weight, Tensor)
         merged = (weight.float() + layer.bank.delta(layer.bank.pick(row.to(weight.device)), weight)).to(weight.dtype)
-        self._originals.append((weight, weight.detach().clone()))
-        weight.copy_(merged)
+        self._originals.append((base, weight))
+        base.weight = nn.Parameter(merged, requires_grad=False)
 
-    @torch.no_grad()
     def undo(self) -> None:
         """Restore every weight bit for bit."""
-        for weight, original in self._originals:
-            weight.copy_(original)
+        for module, original in self._originals:
+            module.weight = original
         self._originals = []
 
 
@@ -76,7 +106,10 @@ def collapse(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, LowRank]:
                 f"An expert is DoRA (at {key}): its change is no low-rank pair, so it cannot become part of one LoRA. "
                 "Merge the composition into the base instead."
             )
-        row = weights[plan.sites[key].block.name]
+        site = plan.sites[key]
+        row = weights[site.block.name]
+        if site.sees == "text":
+            row = weights.get(f"{site.block.name}:text", row)
         up = [pair.b.float() * (pair.scale * float(row[column])) for column, pair in pairs.items()]
         modules[key] = LowRank(torch.cat([pair.a.float() for pair in pairs.values()]), torch.cat(up, 1))
     return modules

@@ -15,6 +15,7 @@ from mole_diffusion.errors import BaseMismatch, InvalidFile, InvalidRequest, Mol
 from mole_diffusion.experts.canonical import ROLES, Expert
 from mole_diffusion.experts.inspect import HasShapes
 from mole_diffusion.experts.load import content_sha256
+from mole_diffusion.experts.peft_folder import WEIGHTS
 from mole_diffusion.experts.safefile import MAX_BYTES, Source, read_bytes, read_header, read_tensors
 from mole_diffusion.experts.save import write_safetensors
 from mole_diffusion.gates.config import AnyGate, gate_from_json, gate_to_json
@@ -114,7 +115,7 @@ def _check_tensors(
     pipe: Any, experts: list[Expert], config: AnyGate, tensors: Mapping[str, Tensor], outside: list[str]
 ) -> None:
     """Compare shapes with a gate that takes no memory: settings alone must not be able to ask for gigabytes."""
-    from mole_diffusion.composition import build_gate
+    from mole_diffusion.gates.make import build_gate
     from mole_diffusion.hosts import host_for
     from mole_diffusion.plan import build_plan
 
@@ -160,7 +161,8 @@ def _find_experts(wanted: list[dict[str, Any]], source: Mapping[str, Expert] | s
 def _load_folder(folder: Path, wanted: set[str]) -> dict[str, Expert]:
     """Experts of a folder by content hash; only files with a wanted hash are opened."""
     found: dict[str, Expert] = {}
-    for file in sorted(folder.glob("*.safetensors"), key=lambda file: (file.stem not in wanted, file.name)):
+    files = [*folder.glob("*.safetensors"), *folder.glob(f"*/{WEIGHTS}")]  # folders of PEFT are experts too
+    for file in sorted(files, key=lambda file: (file.stem not in wanted, str(file))):
         if len(found) == len(wanted):
             break
         digest = content_sha256(file)

@@ -16,6 +16,8 @@ from mole_diffusion.gates.protocol import NETWORK, BlockSpec, Sees
 from mole_diffusion.hosts import Host
 from mole_diffusion.layers import ComposedConv2d, ComposedLinear
 
+_IMAGE_OUTSIDE = {"proj_in", "proj_out", "conv_in", "conv_out", "downsamplers", "upsamplers"}
+
 
 @dataclass(frozen=True)
 class Site:
@@ -73,7 +75,11 @@ class Plan:
 
 
 def build_plan(
-    host: Host, experts: Sequence[Expert], granularity: Granularity = "block", outside: Sequence[str] = ()
+    host: Host,
+    experts: Sequence[Expert],
+    granularity: Granularity = "block",
+    outside: Sequence[str] = (),
+    owner: object | None = None,
 ) -> Plan:
     """Match experts with a model.
 
@@ -82,13 +88,14 @@ def build_plan(
         experts: in the caller's order.
         granularity: how finely gates are placed.
         outside: names of experts that no gate weighs; accelerators never are.
+        owner: context of a composition whose layers may be there already.
 
     Raises:
         InvalidRequest: no gated expert, two experts of one name, or other adapters are still loaded.
         BaseMismatch: a module is missing or has another shape.
     """
     gated, always = _split(experts, outside)
-    modules = dict(_targets(host))
+    modules = dict(_targets(host, owner))
     shapes = {key: tuple(module.weight.shape) for key, module in modules.items()}
     for expert in experts:
         misfit = find_misfit(expert, shapes)
@@ -105,7 +112,8 @@ def build_plan(
             pairs.setdefault(name, {})[column] = shaped
     ordered = {key: pairs[key] for key in shapes if key in pairs}
     sites = _sites(host, {key: modules[key] for key in ordered}, granularity)
-    return Plan(tuple(experts), gated, always, sites, ordered, tuple(_used(host, sites, granularity)))
+    used = tuple(_used(host, sites, modules, granularity))
+    return Plan(tuple(experts), gated, always, sites, ordered, used)
 
 
 def find_module(host: Host, key: str) -> tuple[nn.Module, str, nn.Module]:
@@ -131,8 +139,9 @@ def _split(experts: Sequence[Expert], outside: Sequence[str]) -> tuple[tuple[Exp
     return gated, always
 
 
-def _targets(host: Host) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def _targets(host: Host, owner: object | None) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     for component, model in host.models().items():
+        composed = set()
         for path, module in model.named_modules():
             if hasattr(module, "base_layer"):
                 raise InvalidRequest(
@@ -140,8 +149,12 @@ def _targets(host: Host) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
                     "(a PEFT model: model.unload())."
                 )
             if isinstance(module, ComposedLinear | ComposedConv2d):
-                raise InvalidRequest("Another composition is attached to this pipeline: detach it first.")
-            if isinstance(module, nn.Linear | nn.Conv2d):
+                if module.context is not owner:
+                    raise InvalidRequest("Another composition is attached to this pipeline: detach it first.")
+                composed.add(f"{path}.base")
+                assert isinstance(module.base, nn.Linear | nn.Conv2d)
+                yield f"{component}.{path}", module.base
+            elif isinstance(module, nn.Linear | nn.Conv2d) and path not in composed:
                 yield f"{component}.{path}", module
 
 
@@ -158,8 +171,12 @@ def _sites(host: Host, modules: Mapping[str, nn.Module], granularity: Granularit
         prefix = next((prefix for prefix in blocks if key.startswith(prefix)), None)
         if component != host.main:
             sites[key] = Site(key, BlockSpec(component, "encoder", 0), "text")
-        elif prefix is None or granularity == NETWORK:
+        elif prefix is None:
             sites[key] = _single(host, key, path, module, granularity)
+        elif granularity == NETWORK:
+            sees = host.sees(blocks[prefix], key.removeprefix(prefix))
+            network = BlockSpec(NETWORK, "network", host.network_width)
+            sites[key] = Site(key, network, "row" if sees == "text" else sees)
         else:
             block, leaf = blocks[prefix], key.removeprefix(prefix)
             sees = host.sees(block, leaf)
@@ -172,7 +189,8 @@ def _single(host: Host, key: str, path: str, module: nn.Module, granularity: Gra
     """A site outside all blocks: the network's gate, or a gate of its own where every matrix has one."""
     if granularity == "matrix":
         return Site(key, BlockSpec(path, "matrix", _width(module)), "image")
-    return Site(key, BlockSpec(NETWORK, "network", host.network_width), "row")
+    sees: Sees = "image" if set(path.split(".")) & _IMAGE_OUTSIDE else "row"
+    return Site(key, BlockSpec(NETWORK, "network", host.network_width), sees)
 
 
 def _place(
@@ -187,7 +205,7 @@ def _place(
     name = f"{block.name}.{layer}" if block.name else layer
     inside = host.models()[host.main].get_submodule(name)
     first = next(found for found in inside.modules() if isinstance(found, nn.Linear | nn.Conv2d))
-    return BlockSpec(name, "layer", _width(first), block.text_width)
+    return BlockSpec(name, "layer", _width(first), block.text_width, stride=block.stride)
 
 
 def _reads_together(leaf: str) -> bool:
@@ -201,12 +219,17 @@ def _width(module: nn.Module) -> int:
     return module.in_channels
 
 
-def _used(host: Host, sites: Mapping[str, Site], granularity: Granularity) -> Iterator[BlockSpec]:
+def _used(
+    host: Host, sites: Mapping[str, Site], modules: Mapping[str, nn.Module], granularity: Granularity
+) -> Iterator[BlockSpec]:
     """Places in use, in the model's order, each knowing whether its image or its text side has targets."""
     order = {block.name: index for index, block in enumerate(host.blocks())}
     seen: dict[str, set[Sees]] = {}
     specs: dict[str, BlockSpec] = {}
-    for site in sites.values():
+    widths: dict[str, int] = {}  # of the first module that reads text: its input is what the text's gate sees
+    for key, site in sites.items():
+        if site.sees == "text":
+            widths.setdefault(site.block.name, _width(modules[key]))
         seen.setdefault(site.block.name, set()).add(site.sees)
         specs.setdefault(site.block.name, site.block)
     names = list(specs)
@@ -215,6 +238,6 @@ def _used(host: Host, sites: Mapping[str, Site], granularity: Granularity) -> It
         names.sort(key=lambda name: order.get(name, late + (specs[name].kind == "encoder")))
     for name in names:
         spec, kinds = specs[name], seen[name]
-        text_width = spec.text_width if "text" in kinds else 0
+        text_width = widths.get(name, 0) if spec.text_width else 0
         image = bool(kinds - {"text"}) or spec.kind in ("network", "encoder")
         yield replace(spec, text_width=text_width, image=image)

@@ -16,7 +16,7 @@ from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.experts.canonical import Expert
 from mole_diffusion.functional import trigger_spans
 
-_LONGEST = 512
+_CLIP_LENGTH = 77
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,42 @@ class Conditions:
         return torch.cat([rows, rows]) if self.guidance and not reuse else rows
 
 
-def trigger_ids(tokenizer: Any, experts: Sequence[Expert]) -> list[list[int]]:
-    """Each expert's trigger as token ids, empty where it has none."""
+def as_encoded(pipe: Any, texts: Sequence[str], *, clean_caption: bool = False) -> list[str]:
+    """Texts as the pipeline rewrites them before its tokenizer: PixArt and its like lower-case them."""
+    rewrite = getattr(pipe, "_text_preprocessing", None)
+    return list(texts) if rewrite is None else rewrite(list(texts), clean_caption=clean_caption)
+
+
+def trigger_ids(tokenizer: Any, experts: Sequence[Expert], pipe: Any = None) -> list[list[int]]:
+    """Each expert's trigger as token ids, empty where it has none; as ``pipe`` would rewrite it first."""
     return [
-        list(tokenizer(expert.trigger, add_special_tokens=False).input_ids) if expert.trigger else []
+        list(tokenizer(as_encoded(pipe, [expert.trigger])[0], add_special_tokens=False).input_ids)
+        if expert.trigger
+        else []
         for expert in experts
     ]
 
 
 def prompt_spans(pipe: Any, prompts: Sequence[str], experts: Sequence[Expert]) -> Tensor:
-    """(P, T, N) bool, tokenised exactly as the pipeline tokenises (CLIP lower-cases, pads and cuts at 77)."""
-    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) is not None else pipe.tokenizer_2
+    """(P, T, N) bool, tokenised exactly as the pipeline tokenises (CLIP lower-cases, pads and cuts at 77).
+
+    Where CLIP's states come before those of a T5 (SD 3), triggers are found in CLIP's.
+    """
+    tokenizer = _reader(pipe)
     convert = getattr(pipe, "maybe_convert_prompt", None)
-    texts = [convert(prompt, tokenizer) if convert else prompt for prompt in prompts]
-    fixed = tokenizer.model_max_length <= _LONGEST  # a T5's is unlimited; its pipeline pads further than we need
-    length = {"padding": "max_length", "max_length": tokenizer.model_max_length} if fixed else {"padding": True}
-    encoded = tokenizer(texts, truncation=fixed, return_tensors="pt", **length)
-    return trigger_spans(encoded.input_ids, trigger_ids(tokenizer, experts))
+    texts = [convert(prompt, tokenizer) if convert else prompt for prompt in as_encoded(pipe, prompts)]
+    length: dict[str, Any] = {"padding": "max_length", "max_length": tokenizer.model_max_length}
+    if tokenizer.model_max_length > _CLIP_LENGTH:  # a T5: every call of its pipeline pads to a length of its own
+        found = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+        length = {"padding": True, "max_length": found.default if found else tokenizer.model_max_length}
+    encoded = tokenizer(texts, truncation=True, return_tensors="pt", **length)
+    return trigger_spans(encoded.input_ids, trigger_ids(tokenizer, experts, pipe))
+
+
+def _reader(pipe: Any) -> Any:
+    """The tokenizer behind the first text states that the main model reads; Flux has those of its T5 alone."""
+    first, second = (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+    return second if first is None or type(second).__name__.startswith("T5") else first
 
 
 def listen(pipe: Any, heard: Callable[[list[str] | None, bool], None]) -> Callable[[], None]:
@@ -124,6 +143,8 @@ def listen(pipe: Any, heard: Callable[[list[str] | None, bool], None]) -> Callab
         bound.apply_defaults()
         prompt = bound.arguments.get("prompt")
         prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        if prompts is not None:
+            prompts = as_encoded(pipe, prompts, clean_caption=bool(bound.arguments.get("clean_caption", False)))
         heard(prompts, bool(bound.arguments.get("do_classifier_free_guidance", False)))
         return original(*args, **kwargs)
 

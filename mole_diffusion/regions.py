@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,22 @@ def region_maps(regions: Sequence[Region | None], floor: float) -> Tensor:
         InvalidRequest: neither, or values outside 0…1.
     """
     return torch.stack([_map(region) for region in regions]).clamp_min(floor).unsqueeze(0)
+
+
+def check_grid(cells: tuple[int, int], latent: tuple[int, int]) -> None:
+    """Do these tokens lie as the latents do, halved some number of times?
+
+    Raises:
+        InvalidRequest: they do not, so that nobody knows where a region is among them.
+    """
+    size = latent
+    while size != cells and max(size) > 1:
+        size = (math.ceil(size[0] / 2), math.ceil(size[1] / 2))
+    if size != cells:
+        raise InvalidRequest(
+            f"Regions need image tokens that lie as the latents do, and {cells[0] * cells[1]} tokens of latents "
+            f"{latent} do not: call place(None) for this model."
+        )
 
 
 def _map(region: Region | None) -> Tensor:

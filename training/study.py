@@ -34,6 +34,7 @@ from training.build import GateExpert, build_gate
 from training.data.paste import to_tensor
 from training.objectives.collage import CollageConfig, make_pool
 from training.objectives.held_out import held_out_collage_loss
+from training.study_extra import forecast_jobs, forecast_table, save, study_collapse
 from training.study_judge import SubjectJudge
 from training.study_options import BACKGROUNDS, METHODS, PAIRS, SCENES, TRAINED
 from training.tasks.gate import GateTrainingConfig
@@ -239,7 +240,7 @@ def table(out: Path) -> str:
     lines += [f"- joint success of real scenes: {r['real_scenes']:.2f}" for r in found[:1]]
     if len({(r["scorer"], r["real_scenes"]) for r in found}) > 1:
         lines.append("- **Several judges made these: run `--part judge`.**")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *forecast_table(out)]) + "\n"
 
 
 def _cell(rows: list[dict[str, Any]], key: str) -> str:
@@ -261,13 +262,6 @@ def _paired(found: list[dict[str, Any]], key: str, words: str) -> list[str]:
     return lines
 
 
-def _save(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record) + "\n")
-    os.replace(temporary, path)
-
-
 def main(args: argparse.Namespace) -> int:
     """Work on what is missing, then write ``table.md``."""
     out: Path = args.out
@@ -280,7 +274,13 @@ def main(args: argparse.Namespace) -> int:
         if args.part == "judge":
             for number in args.only or range(len(PAIRS)):
                 for path in sorted((out / "pairs").glob(f"{'+'.join(PAIRS[number])}.*.json")):
-                    _save(path, judge_again(bench, path))
+                    save(path, judge_again(bench, path))
+        elif args.part == "forecast":
+            jobs = forecast_jobs(bench, out)
+        elif args.part == "collapse":
+            for path in args.composition:
+                jobs.append((out / "collapse" / f"{path.stem}.json",
+                             lambda path=path: study_collapse(bench, path, out / "collapse")))  # fmt: skip
         elif args.part == "subjects":
             for number in args.only or range(len(bench.names)):
                 name = bench.names[number]
@@ -292,7 +292,7 @@ def main(args: argparse.Namespace) -> int:
                     jobs.append((path, lambda n=number, m=method: study_pair(bench, PAIRS[n], m, out)))
         for path, job in jobs:
             if not path.exists():
-                _save(path, job())
+                save(path, job())
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(out))
     return 0

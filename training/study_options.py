@@ -18,8 +18,11 @@ TRAINED = ("static", "sample", "token")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="results, sheets and compositions")
-    parser.add_argument("--part", choices=["subjects", "pairs", "judge", "table"], default="table",
-                        help="judge: look at the pairs' stored pictures again")  # fmt: skip
+    parser.add_argument("--part", choices=["subjects", "pairs", "judge", "forecast", "collapse", "table"],
+                        default="table",
+                        help="judge: look at the pairs' stored pictures again; forecast: all pairs of subjects under "
+                             "the plain sum; collapse: a composition live and as one LoRA")  # fmt: skip
+    parser.add_argument("--composition", type=Path, nargs="+", default=[], help="files for --part collapse")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the subjects or pairs to work on; default all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=150, help="training steps of gates and learned static weights")

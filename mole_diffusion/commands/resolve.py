@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.bases.names import assets_dir
+from mole_diffusion.commands.methods import choose
 from mole_diffusion.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from mole_diffusion.bases.base import Base
     from mole_diffusion.composition import Composition
     from mole_diffusion.experts import Expert
-
-METHODS = ("nla", "sum", "spans")
 
 
 def experts_dir() -> Path:
@@ -57,36 +56,24 @@ def shipped_composition(experts: Sequence[Expert]) -> Path | None:
 
 
 def compose_experts(
-    pipe: Any, base: Base, experts: Sequence[Expert], *, method: str | None, file: Path | None
+    pipe: Any, base: Base, experts: Sequence[Expert], *, file: Path | None
 ) -> tuple[Composition | None, str]:
-    """The composition and how it is called.
+    """The composition that belongs to these experts where no method is asked for, and how it is called.
 
-    A file is what it is. Otherwise ``method`` decides; without one, a single expert is applied in full, several use
-    their shipped composition, and where there is none, trigger spans.
+    A file is what it is. Otherwise a single expert is applied in full, several use their shipped composition, and where
+    there is none, trigger spans.
     """
     if file is not None:
         return _saved(pipe, base, experts, file), f"composition {file.name}"
     if not experts:
         return None, "base alone"
-    if method is None and len(experts) > 1:
-        shipped = shipped_composition(experts) if base.name == "demo" else None
-        if shipped is not None and _made_from(shipped, experts):
-            return _saved(pipe, base, experts, shipped), f"composition {shipped.name}"
-    chosen = method or ("sum" if len(experts) == 1 else "spans")
-    return _by_method(pipe, base, experts, chosen), chosen
-
-
-def _by_method(pipe: Any, base: Base, experts: Sequence[Expert], method: str) -> Composition:
+    shipped = shipped_composition(experts) if len(experts) > 1 and base.name == "demo" else None
+    if shipped is not None and _made_from(shipped, experts):
+        return _saved(pipe, base, experts, shipped), f"composition {shipped.name}"
     from mole_diffusion.composition import compose
-    from mole_diffusion.gates import TriggerSpans, nla, weighted_sum
 
-    gated = sum(expert.role != "accelerator" for expert in experts)
-    gates: Mapping[str, Callable[[], Any]] = {
-        "nla": lambda: nla(gated),
-        "sum": lambda: weighted_sum(gated),
-        "spans": TriggerSpans,
-    }
-    return compose(pipe, experts, gate=gates[method](), base=base)
+    method = "sum" if len(experts) == 1 else "spans"
+    return compose(pipe, experts, gate=choose(experts, method)[1], base=base), method
 
 
 def _made_from(file: Path, experts: Sequence[Expert]) -> bool:

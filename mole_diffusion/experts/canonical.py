@@ -21,7 +21,7 @@ from mole_diffusion.errors import InvalidFile, InvalidRequest
 if TYPE_CHECKING:
     from mole_diffusion.experts.names import ModuleShapes
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "model")
 MAX_RANK = 1024
 Embeddings = Mapping[str, Mapping[str, Tensor]]
 """Token as the prompt spells it → "text_encoder" or "text_encoder_2" → (vectors, width of that encoder)."""
@@ -113,8 +113,8 @@ class Expert:
 
     Attributes:
         name: what the user calls it; unique within a composition.
-        modules: "<component>.<module path>" → low-rank pair; component is unet, text_encoder or text_encoder_2 and
-            the path is that of ``named_modules()``.
+        modules: "<component>.<module path>" → low-rank pair; component is one of ``COMPONENTS`` (model = a language
+            model) and the path is that of ``named_modules()``.
         base: family it was trained for ("demo", "sd21", "sdxl", …), None = the file does not say.
         trigger: words that call the subject in a prompt.
         role: subject and style experts are gated; an accelerator (LCM, Lightning) is always on with weight 1.

@@ -104,6 +104,9 @@ def _diffusers(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
 def _kohya(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:
     sdxl = any(key.startswith("text_encoder_2.") for key in modules)
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2"}
+    odd = next((key for key in modules if key.partition(".")[0] not in prefixes), None)
+    if odd is not None:
+        raise InvalidRequest(f"kohya's format has no place for {odd}: choose the format diffusers.")
     tensors = {}
     for key, pair in modules.items():
         component, _, path = _with_text_model(key).partition(".")

@@ -5,7 +5,11 @@ from __future__ import annotations
 from mole_diffusion.gates.block import BlockGate
 from mole_diffusion.gates.config import (
     GateConfig,
+    KLora,
+    LoraComposite,
+    LoraSwitch,
     RouterConfig,
+    ScheduledWeights,
     StaticWeights,
     TriggerSpans,
     learned_static,
@@ -15,6 +19,7 @@ from mole_diffusion.gates.config import (
 from mole_diffusion.gates.learned import LearnedGates
 from mole_diffusion.gates.protocol import BlockSpec, Gate, Run, Sight
 from mole_diffusion.gates.router import RouterGates
+from mole_diffusion.gates.schedule import ScheduleGate
 from mole_diffusion.gates.span import SpanGate
 from mole_diffusion.gates.static import StaticGate
 
@@ -23,10 +28,15 @@ __all__ = [
     "BlockSpec",
     "Gate",
     "GateConfig",
+    "KLora",
     "LearnedGates",
+    "LoraComposite",
+    "LoraSwitch",
     "RouterConfig",
     "RouterGates",
     "Run",
+    "ScheduleGate",
+    "ScheduledWeights",
     "Sight",
     "SpanGate",
     "StaticGate",

@@ -1,7 +1,8 @@
 """The gate of one block: LayerNorm → Linear → SiLU → Linear to N, with a learned temperature (Eq. 9-11).
 
-The paper flattens the experts' outputs over all tokens, which fixes N and the resolution; its code uses the block's own
-hidden state. This gate uses the hidden state, pooled over tokens for the sample scope, and works at any size.
+The paper flattens the experts' outputs over all tokens, which fixes N and the resolution (``flattened.py``); its code
+uses the block's own hidden state. This gate uses the hidden state, pooled over tokens for the sample scope, and works
+at any size.
 """
 
 from __future__ import annotations
@@ -87,10 +88,14 @@ class BlockGate(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             logits = self.logits(features, time, spans, pool, places)
-        tau = self.log_tau.exp()
-        if self.config.scale == "null":
-            return null_gate(logits[..., :-1], logits[..., -1:], tau, mask)
-        return (sigmoid_gate if self.config.scale == "sigmoid" else softmax_gate)(logits, tau, mask)
+        return scaled(logits, self.log_tau.exp(), self.config.scale, mask)
+
+
+def scaled(logits: Tensor, tau: Tensor, scale: str, mask: Tensor | None) -> Tensor:
+    """Weights (…, N) from logits (…, N), one more for a null expert; ``scale`` as in :class:`GateConfig`."""
+    if scale == "null":
+        return null_gate(logits[..., :-1], logits[..., -1:], tau, mask)
+    return (sigmoid_gate if scale == "sigmoid" else softmax_gate)(logits, tau, mask)
 
 
 def pooled(features: Tensor, places: Tensor | None) -> Tensor:

@@ -29,11 +29,11 @@ def energies(down: Tensor, bank: ExpertBank, columns: int) -> Tensor:
     same = bank.members.unsqueeze(0) == bank.members.unsqueeze(1)
     parts = (down @ ((b.mT @ b) * same)) * down
     squares = parts.new_zeros(*parts.shape[:-1], len(bank.ranks)).index_add(-1, bank.members, parts)
-    logs = (squares.clamp_min(0.0) + _FLOOR).log()
-    centred = logs - logs.mean(-1, keepdim=True)
-    gated = bank.chosen < columns
-    found = centred.new_zeros(*centred.shape[:-1], columns)
-    return found.index_add(-1, bank.chosen[gated], centred[..., gated])
+    there = bank.present.to(squares.dtype)
+    logs = (squares.clamp_min(0.0) + _FLOOR).log() * there
+    centred = (logs - logs.sum(-1, keepdim=True) / there.sum()) * there
+    found = centred.new_zeros(*centred.shape[:-1], max(columns, bank.columns[-1] + 1))
+    return found.index_add(-1, bank.chosen, centred)[..., :columns]
 
 
 def concatenated(outputs: list[Tensor]) -> Tensor:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from mole_diffusion.gates.block import BlockGate
 from mole_diffusion.gates.config import GateConfig
 from mole_diffusion.gates.features import energies
+from mole_diffusion.gates.flattened import FlattenedGate
 from mole_diffusion.gates.protocol import BlockSpec, Looks, Run, Sight, Total
 from mole_diffusion.gates.span import nla_rows, span_weights
 
-_LOOKS: dict[str, Looks] = {"hidden": "entry", "energy": "site", "expert_outputs": "outputs"}
+_LOOKS: dict[str, Looks] = {"hidden": "entry", "energy": "site", "expert_outputs": "outputs", "flattened": "outputs"}
 
 
 class LearnedGates(nn.Module):
@@ -34,6 +35,7 @@ class LearnedGates(nn.Module):
         texts = [block for block in gated if block.text_width and token]
         self.texts = nn.ModuleDict({_name(b): BlockGate(b.text_width, experts, config, spans=True) for b in texts})
         self.needs_spans = bool(texts)
+        self.pools = not token
 
     def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor | None:
         """(B, 1 or L, N) from the block's input; None where only text tokens are gated."""
@@ -41,7 +43,7 @@ class LearnedGates(nn.Module):
             return None
         pool = self.config.scope == "sample"
         features = self._features(sight, run)
-        return self.blocks[_name(block)](features, run.mask, run.time, pool=pool, places=run.places)
+        return self.blocks[_name(block)](features, run.mask, run.time, pool=pool, places=sight.places)
 
     def text(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor | None:
         """(B, T, N) from the text states (token scope); None in the sample scope."""
@@ -53,8 +55,8 @@ class LearnedGates(nn.Module):
         """(B, 1, N) from the timestep and the pooled text; from the timestep alone where no text is given."""
         gate = self.blocks[_name(block)]
         rows = run.time.shape[0] if run.time is not None else 1
-        text = run.text if run.text is not None else next(gate.parameters()).new_zeros(rows, 1, block.width)
-        return gate(text, run.mask, run.time, pool=True, places=run.places)
+        text = next(gate.parameters()).new_zeros(rows, 1, max(block.width, 1)) if run.text is None else run.text
+        return gate(text, run.mask, run.time, pool=True, places=run.text_places)
 
     def encoder(self, block: BlockSpec, run: Run) -> Tensor:
         """NLA, or 1 on an expert's own trigger."""
@@ -71,11 +73,13 @@ class LearnedGates(nn.Module):
         """A learned gate looks at its input."""
         return None
 
-    def _gate(self, block: BlockSpec) -> BlockGate:
+    def _gate(self, block: BlockSpec) -> BlockGate | FlattenedGate:
         if block.kind == "network" or self.config.input == "hidden":
             return BlockGate(max(block.width, 1), self.experts, self.config)
         if self.config.input == "energy":
             return BlockGate(self.experts, self.experts, self.config, normalise=False)
+        if self.config.input == "flattened":
+            return FlattenedGate(block, self.experts, self.config)
         width = self.experts * (block.out_width or block.width)
         return BlockGate(width, self.experts, self.config, normalise=False)
 
@@ -83,10 +87,7 @@ class LearnedGates(nn.Module):
         if self.config.input == "energy":
             assert sight.down is not None and sight.bank is not None
             return energies(sight.down, sight.bank, self.experts)
-        if self.config.input == "expert_outputs":
-            assert sight.outputs is not None
-            return sight.outputs
-        return sight.hidden
+        return sight.hidden if sight.outputs is None else sight.outputs
 
 
 def _name(block: BlockSpec) -> str:

@@ -28,6 +28,7 @@ class BlockSpec:
         text_width: channels of the text states, where modules that read text are targets; else 0.
         image: does any target see image tokens or the row as a whole?
         out_width: channels of its output; 0 = as ``width``.
+        stride: side of the square of latents that one of its image tokens or cells stands for; 0 = unknown.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BlockSpec:
     text_width: int = 0
     image: bool = True
     out_width: int = 0
+    stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Run:
         time: (rows, 64) features of the timestep, or None.
         text: (rows, T, c) text states, or None.
         spans: (rows, T, N) bool, where each expert's trigger stands; None = prompts unknown.
-        places: (rows, L) non-negative, the tokens that pooling counts; None = all alike.
+        places: (rows, L) non-negative, the main model's own tokens that pooling counts; None = all alike.
         step: calls of the main model since the prompts were announced, this one not counted.
         times: (rows,) timesteps in 0 … ``horizon``, or None.
         horizon: number of training timesteps.
+        text_places: (rows, T) as ``places``, for ``text``.
+        memory: (rows, T, d) what gates that pool look at in place of a block's own tokens, or None.
     """
 
     mask: Tensor
@@ -63,6 +67,8 @@ class Run:
     step: int = 0
     times: Tensor | None = None
     horizon: int = 1000
+    text_places: Tensor | None = None
+    memory: Tensor | None = None
 
     @property
     def progress(self) -> float:
@@ -71,6 +77,16 @@ class Run:
         Reading it waits for the accelerator.
         """
         return 0.0 if self.times is None else 1.0 - float(self.times[-1]) / self.horizon
+
+    def seen(self, x: Tensor, pools: bool, *, text: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What a gate looks at where ``x`` (rows, L, d) comes in, and which of its tokens count.
+
+        A gate that pools looks at the memory, where there is one of this width; ``text``: x is text itself.
+        """
+        places = self.text_places if text else self.places
+        if pools and not text and self.memory is not None and self.memory.shape[-1] == x.shape[-1]:
+            x, places = self.memory, self.text_places
+        return x, places if places is not None and x.ndim == 3 and places.shape[1] == x.shape[1] else None
 
     @property
     def experts(self) -> int:
@@ -88,6 +104,7 @@ class Sight:
         bank: the site's experts.
         outputs: (rows, L, N·d): every expert's own output of the block; only for gates that look at outputs.
         key: the site's canonical key.
+        places: (rows, L) non-negative, the tokens that pooling counts; None = all alike.
     """
 
     hidden: Tensor
@@ -95,6 +112,7 @@ class Sight:
     bank: ExpertBank | None = None
     outputs: Tensor | None = None
     key: str = ""
+    places: Tensor | None = None
 
 
 class Gate(Protocol):
@@ -104,12 +122,14 @@ class Gate(Protocol):
         looks: what :meth:`image` looks at: "nothing"; the block's input at its "entry"; the input and A·x at the first
             "site" that runs in it; or the "outputs" that the block has with each expert alone (N passes).
         needs_spans: are the prompts needed?
+        pools: is there one weight per row, from the mean over the places that count?
         guidance_rows: "reuse" or "own".
         total: how a prior on places acts: a "share" keeps the total weight, "odds" and "free" are each expert's own.
     """
 
     looks: Looks
     needs_spans: bool
+    pools: bool
     guidance_rows: str
     total: Total
 

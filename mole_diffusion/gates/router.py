@@ -47,17 +47,18 @@ class RouterGates(nn.Module):
         super().__init__()
         self.config = config
         self.guidance_rows = config.guidance_rows
+        self.pools = config.scope == "sample"
         self.routers = nn.ModuleDict(
             {path.replace(".", "/"): Router(d_in, d_out, config) for path, (d_in, d_out) in sizes.items()}
         )
 
     def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor | None:
         """(B, L or 1, N): per place, as in the paper."""
-        return None if sight is None else self._route(block, sight, run, run.places)
+        return None if sight is None else self._route(block, sight, run)
 
     def text(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor | None:
-        """(B, T or 1, N): modules that read text are routed by it."""
-        return self._route(block, sight, run, None)
+        """(B, T, N): modules that read text are routed by it; None in the sample scope."""
+        return None if self.pools else self._route(block, sight, run)
 
     def network(self, block: BlockSpec, run: Run) -> Tensor:
         """NLA: without an input there is nothing to route by."""
@@ -75,16 +76,15 @@ class RouterGates(nn.Module):
         """A router looks at its input."""
         return None
 
-    def _route(self, block: BlockSpec, sight: Sight, run: Run, places: Tensor | None) -> Tensor:
+    def _route(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor:
         router, down, bank = self.routers[block.name.replace(".", "/")], sight.down, sight.bank
         assert isinstance(router, Router) and down is not None and bank is not None
         with torch.autocast(down.device.type, enabled=False):
             query = F.linear(sight.hidden.float(), router.a)
             keys = router.b.mT @ bank.b.float()
-            logits = router_logits(query, down, keys, bank.owners, max(run.experts, int(bank.chosen.max()) + 1))
-        logits = logits[..., : run.experts]
+            columns = max(run.experts, bank.columns[-1] + 1)
+            logits = router_logits(query, down, keys, bank.owners, columns)[..., : run.experts]
         if self.config.scope == "sample":
-            logits = pooled(logits, places)
-        here = torch.zeros(run.experts, dtype=torch.bool, device=down.device)
-        here[bank.chosen[bank.chosen < run.experts]] = True
-        return softmax_gate(logits, router.log_tau.exp(), run.mask & here)
+            logits = pooled(logits, sight.places)
+        here = torch.zeros(columns, dtype=torch.bool, device=down.device).index_copy(0, bank.chosen, bank.present)
+        return softmax_gate(logits, router.log_tau.exp(), run.mask & here[: run.experts])

@@ -38,6 +38,7 @@ class SpanGate(nn.Module):
 
     looks: Looks = "nothing"
     needs_spans = True
+    pools = False
     total: Total = "share"
 
     def __init__(self, experts: int, config: TriggerSpans) -> None:

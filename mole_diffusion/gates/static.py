@@ -22,6 +22,7 @@ class StaticGate(nn.Module):
 
     looks: Looks = "nothing"
     needs_spans = False
+    pools = False
     guidance_rows = "own"
 
     def __init__(self, blocks: Sequence[BlockSpec], experts: int, config: StaticWeights) -> None:

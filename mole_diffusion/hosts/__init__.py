@@ -21,6 +21,10 @@ def host_for(target: Any) -> Host:
     """
     from mole_diffusion.hosts.diffusion import DiffusionHost
 
+    if _is_language_model(target) or _is_language_model(getattr(target, "model", None)):
+        from mole_diffusion.text.host import TextHost
+
+        return TextHost(target)
     if not isinstance(target, nn.Module):
         if getattr(target, "unet", None) is None and getattr(target, "transformer", None) is None:
             raise InvalidRequest(
@@ -36,3 +40,10 @@ def host_for(target: Any) -> Host:
     from mole_diffusion.hosts.module import ModuleHost
 
     return ModuleHost(target)
+
+
+def _is_language_model(target: Any) -> bool:
+    """A transformers model that reads tokens; told by names, so that transformers need not be imported."""
+    return getattr(target, "main_input_name", None) == "input_ids" and any(
+        kind.__name__ == "PreTrainedModel" for kind in type(target).__mro__
+    )

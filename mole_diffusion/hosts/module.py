@@ -18,7 +18,8 @@ COMPONENT = "module"
 class ModuleHost:
     """Experts name their targets "module.<path>"; see :class:`mole_diffusion.hosts.Host`.
 
-    The module's first positional argument is its input, (B, …, d) or (B, C, H, W); the whole module is one block.
+    The module's first positional argument is its input, (B, L, d), (B, d) or (B, C, H, W); the whole module is one
+    block, as wide as the input of the first layer that it names and the output of the last.
     """
 
     main = COMPONENT
@@ -41,9 +42,8 @@ class ModuleHost:
 
     def blocks(self) -> Sequence[BlockSpec]:
         """One, named ""."""
-        first = next((m for m in self.module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
-        width = 0 if first is None else first.in_features if isinstance(first, nn.Linear) else first.in_channels
-        return [BlockSpec("", "layer", width)]
+        shapes = [m.weight.shape for m in self.module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        return [BlockSpec("", "layer", shapes[0][1], out_width=shapes[-1][0]) if shapes else BlockSpec("", "layer", 0)]
 
     def layer(self, block: BlockSpec, leaf: str) -> str:
         """It has no layers of its own."""
@@ -56,6 +56,10 @@ class ModuleHost:
     def spans(self, prompts: Sequence[str], experts: Sequence[Expert]) -> Tensor:
         """A bare module has no prompts."""
         raise InvalidRequest("A bare module has no tokenizer, so triggers cannot be found: use another gate.")
+
+    def lend(self, experts: Sequence[Expert]) -> Callable[[], None]:
+        """A bare module has no tokens."""
+        raise InvalidRequest("An expert brings tokens of its own, and a bare module has no tokenizer to teach them.")
 
     def watch(self, listener: Listener, experts: Sequence[Expert]) -> Callable[[], None]:
         """Forward hooks on the module."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, device, nn
 
@@ -23,7 +23,14 @@ class Step:
         horizon: number of training timesteps.
         text: (rows, T, c) text states, or None.
         latent: height and width of the latents; (1, 1) where there is no image.
-        places: (rows, L) tokens that pooling counts, or None.
+        places: (rows, L) non-negative, the model's own tokens that pooling counts; None = all alike.
+        text_places: (rows, T) the same for ``text``.
+        memory: (rows, T, d) what gates of the scope sample look at in place of a block's own tokens, such as the states
+            of the encoder that a decoder answers to; ``text_places`` are its too. None = the block's own tokens.
+        after: "nothing" = a pass of its own; "part" = the next part of the running pass, such as a decoder after its
+            encoder; "prompt" = a later pass of one answer, in which gates of the scope sample keep the weights that
+            they gave to the prompt. Without ``text`` nobody knows the prompt.
+        spans: (rows, T, N) bool, where triggers stand in ``text``; None = as announced with the prompts.
     """
 
     rows: int
@@ -33,6 +40,10 @@ class Step:
     text: Tensor | None = None
     latent: tuple[int, int] = (1, 1)
     places: Tensor | None = None
+    text_places: Tensor | None = None
+    memory: Tensor | None = None
+    after: Literal["nothing", "part", "prompt"] = "nothing"
+    spans: Tensor | None = None
 
 
 class Listener(Protocol):
@@ -95,6 +106,17 @@ class Host(Protocol):
         """(P, T, N) bool: where each expert's trigger stands, tokenised as the model tokenises."""
         ...
 
+    def lend(self, experts: Sequence[Expert]) -> Callable[[], None]:
+        """Teach the model the tokens that experts bring; the returned function makes it forget them.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or a token cannot be taught.
+        """
+        ...
+
     def watch(self, listener: Listener, experts: Sequence[Expert]) -> Callable[[], None]:
-        """Tell ``listener`` what the models do until the returned function is called."""
+        """Tell ``listener`` what the models do until the returned function is called.
+
+        ``experts`` may hold others later: their triggers are looked up when a prompt comes.
+        """
         ...

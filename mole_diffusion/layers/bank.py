@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from mole_diffusion.experts.canonical import LowRank
 
 
+class Padding(LowRank):
+    """Zeros in the place of an expert that does not touch this module."""
+
+
 class ExpertBank(nn.Module):
     """Stacked low-rank pairs; R = Σ r_i over the n experts that touch this module.
 
@@ -19,6 +23,7 @@ class ExpertBank(nn.Module):
         owners: (R,) long: the column of each rank's expert in the gate's weights.
         chosen: (n,) long: the columns that occur, in stacking order.
         members: (R,) long: the place of each rank's expert in ``chosen``.
+        present: (n,) bool, False for :class:`Padding`.
         stretch: (n, d_out): c_i − 1 of DoRA experts, 0 of others; None where none is DoRA. With
             c_i = m_i / ‖W + s_i·B_i·A_i‖ per output (arXiv 2402.09353), expert i alone is c_i ⊙ (W + s_i·B_i·A_i).
         columns: ``chosen`` as numbers.
@@ -31,6 +36,7 @@ class ExpertBank(nn.Module):
     owners: Tensor
     chosen: Tensor
     members: Tensor
+    present: Tensor
     stretch: Tensor | None
 
     def __init__(self, pairs: Mapping[int, LowRank], weight: Tensor) -> None:
@@ -54,6 +60,7 @@ class ExpertBank(nn.Module):
         self._keep("owners", torch.tensor(owners, device=device))
         self._keep("chosen", torch.tensor(self.columns, device=device))
         self._keep("members", torch.tensor(members, device=device))
+        self._keep("present", torch.tensor([not isinstance(p, Padding) for p in pairs.values()], device=device))
         zero = torch.zeros(weight.shape[0], device=device)
         dora = any(c is not None for c in stretches)
         self._keep("stretch", torch.stack([zero if c is None else c for c in stretches]) if dora else None)
@@ -79,8 +86,14 @@ class ExpertBank(nn.Module):
         product = ((self.b.float() * gates) @ self.a.float().flatten(1)).unflatten(-1, self.a.shape[1:])
         if self.stretch is None:
             return product
-        stretch = weights.to(self.b.device, torch.float32) @ self.stretch
+        stretch = weights.to(self.b.device, torch.float32) @ self.stretch.float()
         return product + stretch.reshape(*stretch.shape, *[1] * (base.ndim - 1)) * base.float()
+
+    def added(self, weights: Tensor, base: Tensor) -> Tensor:
+        """``base`` + :meth:`delta` of one vector of weights (n,), in as few passes as there are."""
+        if self.stretch is not None or base.dtype != torch.float32:
+            return base + self.delta(weights, base)
+        return torch.addmm(base.flatten(1), self.b * self.spread(weights), self.a.flatten(1)).view_as(base)
 
     def _keep(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)

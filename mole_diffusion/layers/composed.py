@@ -27,19 +27,20 @@ class Weigher(Protocol):
         ...
 
 
-def merging_pays(rows: int, tokens: int, ranks: int, d_in: int, d_out: int) -> bool:
+def merging_pays(rows: int, tokens: int, ranks: int, d_in: int, d_out: int, *, kept: bool = False) -> bool:
     """Is one weight matrix per row cheaper than two thin GEMMs?
 
-    Multiplications: rows·R·d_in·d_out, and about as much again as 6 passes over the matrices cost, against
-    tokens·R·(d_in + d_out) and the passes over A·x.
+    Counts multiplications: rows·R·d_in·d_out against tokens·R·(d_in + d_out), and what it takes to write W′ and A·x as
+    that of 16 more ranks.
 
     Args:
         rows: distinct weight vectors.
         tokens: of all rows together.
         ranks: R.
+        kept: A·x is at hand from an earlier step.
     """
-    merged = rows * d_in * d_out * (ranks + 48)
-    apart = tokens * (d_in + d_out) * (ranks + 24)
+    merged = rows * d_in * d_out * (ranks + 16)
+    apart = tokens * (d_out + (0 if kept else d_in)) * (ranks + 16)
     return merged < apart
 
 
@@ -72,6 +73,8 @@ class ComposedLinear(_Composed):
     """x: (…, d_in) → (…, d_out)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if x.ndim > 3:  # weights know rows and places
+            return self.forward(x.flatten(1, -2), *args, **kwargs).unflatten(1, x.shape[1:-1])
         weights = self.context.weights(self, x)
         if weights is None:
             return self.base(x, *args, **kwargs)
@@ -79,12 +82,13 @@ class ComposedLinear(_Composed):
         alike = weights.shape[1] == 1 and (rows == 1 or x.ndim == 3)
         if alike and type(self.base) is nn.Linear and self._mergeable(x):
             tokens = x.numel() // x.shape[-1]
-            if merging_pays(rows, tokens, bank.a.shape[0], x.shape[-1], bank.b.shape[0]):
+            kept = self.shared is not None and self.shared.keep
+            if merging_pays(rows, tokens, bank.a.shape[0], x.shape[-1], bank.b.shape[0], kept=kept):
                 return self._merged(x, weights)
         y = self.base(x, *args, **kwargs)
         if bank.stretch is not None:
             plain = y if self.base.bias is None else y - cast(Tensor, self.base.bias)
-            y = y + plain * _by_rows(weights @ bank.stretch, plain)
+            y = y + plain * _by_rows(weights @ bank.stretch.float(), plain)
         return _addmm(y, weigh(self.down(x), weights, bank, own=self.shared is None), bank.b)
 
     def down(self, x: Tensor) -> Tensor:
@@ -97,9 +101,9 @@ class ComposedLinear(_Composed):
 
     def _merged(self, x: Tensor, weights: Tensor) -> Tensor:
         base = cast(nn.Linear, self.base)
-        weight = base.weight + self.bank.delta(weights[:, 0], base.weight)
         if weights.shape[0] == 1:
-            return F.linear(x, weight[0], base.bias)
+            return F.linear(x, self.bank.added(weights[0, 0], base.weight), base.bias)
+        weight = base.weight + self.bank.delta(weights[:, 0], base.weight)
         y = torch.matmul(x.unflatten(0, (-1, weights.shape[0])), weight.mT).flatten(0, 1)
         return y if base.bias is None else y + base.bias
 
@@ -116,12 +120,12 @@ class ComposedConv2d(_Composed):
         if weights is None:
             return base(x, *args, **kwargs)
         if weights.shape[2:] == (1, 1) and weights.shape[0] == 1 and type(base) is nn.Conv2d and self._mergeable(x):
-            weight = base.weight + bank.delta(weights[:, :, 0, 0], base.weight)[0]
+            weight = bank.added(weights[0, :, 0, 0], base.weight)
             return F.conv2d(_padded(base, x), weight, base.bias, base.stride, _padding(base), base.dilation)
         y = base(x, *args, **kwargs)
         if bank.stretch is not None:
             plain = y if base.bias is None else y - base.bias[:, None, None]
-            y = y + plain * _by_rows(torch.einsum("bnhw,nd->bdhw", weights, bank.stretch), plain)
+            y = y + plain * _by_rows(torch.einsum("bnhw,nd->bdhw", weights, bank.stretch.float()), plain)
         down = weigh(self.down(x), weights, bank, own=True, axis=-3)
         return y + F.conv2d(down, bank.b[..., None, None])
 
@@ -165,7 +169,8 @@ class SharedDown:
 
     def __call__(self, member: ComposedLinear, x: Tensor) -> Tensor:
         """(…, R) of one member."""
-        if torch.is_grad_enabled() or x.is_inference():
+        bypass = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference()
+        if bypass or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, member.bank.a)
         if self._product is None or self._x is None or self._x[0] is not x or self._x[1] != x._version:
             self._x = (x, x._version)
@@ -178,6 +183,11 @@ class SharedDown:
     def clear(self) -> None:
         """Forget the product and the input that it belongs to."""
         self._x = self._product = None
+
+    def refresh(self) -> None:
+        """The members' experts are others now."""
+        self.clear()
+        self._stacked = None
 
     def _weight(self) -> Tensor:
         first = self._members[0].bank.a

@@ -106,6 +106,16 @@ def test_the_method_is_said(
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{expected}, ")
 
 
+def test_weights_and_regions_are_recorded(
+    demo_assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ("--expert", "robot", "--expert", "bunny", "--method", "composite", "--weights", "0.8", "-0.1")
+    assert _generate(tmp_path, *pair, "--region", "robot=0,0,0.5,1", "--no-scores") == 0
+    parameters = read_parameters(json.loads(capsys.readouterr().out)["images"][0]["path"])
+    assert parameters["composition"]["gate"] == {"kind": "composite", "weights": [0.8, -0.1]}
+    assert (parameters["method"], parameters["regions"]) == ("composite", {"robot": [0, 0, 0.5, 1]})
+
+
 def test_a_composition_brings_its_experts(
     demo_assets: Path, robot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +139,9 @@ def test_a_composition_brings_its_experts(
         (["--composition", "a.safetensors", "--method", "nla"], "either --composition or --method"),
         (["--composition", "absent.safetensors"], "found none"),
         (["--device", "toaster"], "'toaster'"),
+        (["--method", "switch"], "needs experts"),
+        (["--expert", "robot", "--weights", "1", "2"], "each of 1 experts (robot), got 2"),
+        (["--expert", "robot", "--region", "robot=0,0"], "NAME=left,top,right,bottom"),
     ],
 )
 def test_generate_refuses_in_one_sentence(

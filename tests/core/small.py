@@ -138,9 +138,7 @@ def t5_tokenizer() -> Any:
 
     letters = list(string.ascii_letters + string.digits + ",.")
     words = [(f"▁{letter}", -4.0) for letter in letters] + [("▁", -6.0)] + [(letter, -5.0) for letter in letters]
-    return T5Tokenizer(
-        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *words], extra_ids=0, model_max_length=24
-    )
+    return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *words], extra_ids=0, model_max_length=24)
 
 
 def t5(tokens: Any) -> Any:
@@ -216,7 +214,7 @@ class Small(nn.Module):
         self.head = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 6)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.conv(x).flatten(2).mT
+        tokens = self.conv(x).flatten(2).mT.contiguous()
         return self.head[1](nn.functional.silu(self.head[0](tokens)))
 
 
@@ -292,16 +290,19 @@ def run_unet(pipe: Any, rows: int = 2, seed: int = 1, size: tuple[int, int] = (8
     ).sample
 
 
-def run_model(pipe: Any, rows: int = 2, seed: int = 1, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
-    """One call of any tiny model on fixed random inputs, in the model's own dtype."""
+def run_model(
+    pipe: Any, rows: int = 2, seed: int = 1, size: tuple[int, int] = (8, 8), only: int | None = None
+) -> torch.Tensor:
+    """One call of any tiny model on fixed random inputs, in the model's own dtype; ``only`` = that row alone."""
     model = main_of(pipe)
     random = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(dtype)
+        values = torch.randn(rows, *shape, generator=random).to(dtype)
+        return values if only is None else values[only : only + 1]
 
-    x = normal(rows, 4, *size)
+    x = normal(4, *size)
     if isinstance(model, Small):
         return model(x)
     config: Any = model.config
@@ -309,14 +310,26 @@ def run_model(pipe: Any, rows: int = 2, seed: int = 1, size: tuple[int, int] = (
     if hasattr(pipe, "unet"):
         width = config.cross_attention_dim
         if config.addition_embed_type:
-            times = torch.ones(rows, 6, dtype=dtype)
-            kwargs["added_cond_kwargs"] = {"text_embeds": normal(rows, 16), "time_ids": times}
+            kwargs["added_cond_kwargs"] = {"text_embeds": normal(16), "time_ids": torch.ones_like(normal(6))}
     elif "joint_attention_dim" in config:
-        width, kwargs = config.joint_attention_dim, {"pooled_projections": normal(rows, 32)}
+        width, kwargs = config.joint_attention_dim, {"pooled_projections": normal(32)}
     else:
         width, kwargs = config.caption_channels, {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    text = normal(rows, pipe.tokenizer.model_max_length, width)
-    return model(x, encoder_hidden_states=text, timestep=torch.tensor([500] * rows), **kwargs).sample
+    times = torch.full((x.shape[0],), 500)
+    text = normal(pipe.tokenizer.model_max_length, width)
+    return model(x, encoder_hidden_states=text, timestep=times, **kwargs).sample
+
+
+def add_experts(pipe: Any, weights: dict[Any, float]) -> Any:
+    """Σ w_i·(W_i − W) added to the model's own weights, W_i by definition; the reference for static weights."""
+    models = models_of(pipe)
+    for key in shapes_of(pipe):
+        component, _, path = key.partition(".")
+        weight: Any = models[component].get_submodule(path).weight
+        found = [(expert.modules[key], w) for expert, w in weights.items() if key in expert.modules]
+        change = sum(w * (pair.applied_to(weight.detach()) - weight.detach()) for pair, w in found)
+        weight.data += change
+    return pipe
 
 
 def generate(pipe: Any, prompt: str = "a robot and a bunny", **kwargs: Any) -> torch.Tensor:

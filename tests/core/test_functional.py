@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -137,3 +138,67 @@ def test_timestep_features() -> None:
     features = mole.timestep_features(torch.tensor([0, 999]), 8)
     torch.testing.assert_close(features[0], torch.tensor([1.0] * 4 + [0.0] * 4))
     assert features.shape == (2, 8) and not torch.equal(features[0], features[1])
+
+
+PRIOR = torch.tensor([1.0, 0.01, 0.3])
+
+
+def sample_logits() -> torch.Tensor:
+    return 2 * torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mask", [None, *MASKS])
+def test_a_prior_is_its_logarithm_added_to_the_logits(mask: torch.Tensor | None) -> None:
+    logits, null, prior = sample_logits(), torch.tensor([0.4], dtype=torch.float64), PRIOR.double()
+    for total, plain, moved in (
+        ("share", mole.softmax_gate(logits, 1.0, mask), mole.softmax_gate(logits + prior.log(), 1.0, mask)),
+        ("share", mole.null_gate(logits, null, 1.0, mask), mole.null_gate(logits + prior.log(), null, 1.0, mask)),
+        ("odds", mole.sigmoid_gate(logits, 1.0, mask), mole.sigmoid_gate(logits + prior.log(), 1.0, mask)),
+        ("free", logits, logits * prior),
+    ):
+        torch.testing.assert_close(mole.with_prior(plain, prior, total), moved)
+        torch.testing.assert_close(mole.with_prior(plain, torch.ones(3, dtype=torch.float64), total), plain)
+
+
+def test_a_prior_is_no_temperature() -> None:
+    """τ divides the gate's own logits, not the region's."""
+    logits = sample_logits()
+    expected = (logits / 0.5 + PRIOR.double().log()).softmax(-1)
+    torch.testing.assert_close(mole.with_prior(mole.softmax_gate(logits, 0.5), PRIOR.double()), expected)
+
+
+@pytest.mark.parametrize("loss", [mole.balance_loss, mole.entropy_loss])
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True])])
+def test_the_gradient_of_the_balance_losses(loss: Callable[..., torch.Tensor], mask: torch.Tensor | None) -> None:
+    """Against finite differences, through a gate; and nothing is lower than the uniform mean, where it vanishes."""
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 4, generator=random, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: loss(mole.softmax_gate(x, 0.7, mask), mask), logits, atol=1e-7)
+    uniform = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+    least = loss(mole.softmax_gate(uniform, 0.7, mask), mask)
+    least.backward()
+    assert uniform.grad is not None and float(uniform.grad.abs().max()) < 1e-9
+    for _ in range(20):
+        other = torch.randn(6, 4, generator=random, dtype=torch.float64)
+        assert loss(mole.softmax_gate(other, 0.7, mask), mask) > least
+    count = 4 if mask is None else 3
+    at_uniform = count * math.log(count) if loss is mole.balance_loss else -math.log(count)
+    assert float(least.detach()) == pytest.approx(at_uniform)
+
+
+def test_the_entropy_is_bounded_where_the_balance_loss_is_not() -> None:
+    lost = torch.tensor([[1.0, 0.0]])
+    assert float(mole.entropy_loss(lost)) == 0.0 and float(mole.balance_loss(lost)) > 80
+    exclusive = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(mole.entropy_loss(exclusive), torch.tensor(-math.log(2)))
+
+
+def test_router_logits_against_the_wide_product() -> None:
+    random = torch.Generator().manual_seed(0)
+    a, b, x = (torch.randn(size, generator=random) for size in ((5, 8), (16, 5), (2, 7, 8)))
+    query, up = torch.randn(2, 7, 4, generator=random), torch.randn(16, 4, generator=random)
+    owners = torch.tensor([0, 0, 2, 2, 2])
+    found = mole.router_logits(query, x @ a.T, up.T @ b, owners, 3)
+    for column in range(3):
+        values = (x @ a[owners == column].T) @ b[:, owners == column].T
+        torch.testing.assert_close(found[..., column], ((values @ up) * query).sum(-1) / 2.0, rtol=1e-4, atol=1e-4)

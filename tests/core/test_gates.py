@@ -222,6 +222,8 @@ BAD_SETTINGS: list[dict[str, Any]] = [
     {"kind": "learned", "scale": ["softmax"]},
     {"kind": "static", "weights": {"a": [1.0], "b": [1.0, 2.0]}},
     {"kind": "static", "weights": [1.0, float("inf")]},
+    {"kind": "static", "weights": [1.0, 10**400]},
+    {"kind": "static", "weights": [1.0, 1e300]},
     {"kind": "static", "weights": 7},
     {"kind": "static", "weights": {}},
     {"kind": "static"},

@@ -160,3 +160,9 @@ def test_products_are_shared_by_modules_with_one_input_and_by_steps() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         x.mul_(2.0)  # the same tensor with other numbers is another input
         torch.testing.assert_close(layers[0](x), layers[0].base(x) + 2 * (alone[0] - layers[0].base(x / 2)))
+
+
+def test_channels_last_maps_are_tokens_of_their_rows() -> None:
+    base, x = nn.Linear(6, 5), torch.randn(2, 2, 3, 6)
+    layer = compose_layer(base, ExpertBank(pairs((5, 6)), base.weight), Fixed(torch.rand(2, 1, 3)), "k")
+    torch.testing.assert_close(layer(x), layer(x.flatten(1, 2)).unflatten(1, (2, 3)))

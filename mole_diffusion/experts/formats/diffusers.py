@@ -6,7 +6,7 @@
 | unet.<path>.lora.down.weight / lora.up.weight | the same, as save_lora_weights wrote it |
 | unet.….attn1.processor.to_q_lora.down.weight | attention processors, diffusers < 0.20, with or without "unet." |
 | text_encoder.….q_proj.lora_linear_layer.down.weight, ….self_attn.to_q_lora.down.weight | text towers of then |
-| base_model.model.<path>.lora_A.weight | PEFT save_pretrained |
+| base_model.model.<path>.lora_A.weight | PEFT save_pretrained; of a language model where <path> is no UNet's |
 | <path>.lora_magnitude_vector, ….lora_magnitude_vector.weight | DoRA, beside lora_A and lora_B |
 
 These files have no alpha of their own; α, r and their patterns come from the ``lora_adapter_metadata`` of the header.
@@ -40,6 +40,7 @@ _KEY = re.compile(
 _PART = {"lora_A": "down", "lora_B": "up", "down": "down", "up": "up", "lora_magnitude_vector": "magnitude"}
 _UNET_TOP = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 _TEXT_TOP = ("text_model.", "encoder.layers.")
+_LANGUAGE_TOP = ("h.", "layers.", "blocks.")
 
 
 def matches(header: Header) -> bool:
@@ -85,7 +86,8 @@ def _place(key: str) -> tuple[str, str, str] | None:
     match = _KEY.fullmatch(key)
     if not match:
         return None
-    component, path = _component(match["path"].removeprefix(_PEFT_PREFIX))
+    whole = match["path"]
+    component, path = _component(whole.removeprefix(_PEFT_PREFIX), peft=whole.startswith(_PEFT_PREFIX))
     if component is None:
         return None
     if match["proj"]:
@@ -95,13 +97,16 @@ def _place(key: str) -> tuple[str, str, str] | None:
     return component, path, _PART[found] if found else "alpha"
 
 
-def _component(path: str) -> tuple[str | None, str]:
+def _component(path: str, *, peft: bool) -> tuple[str | None, str]:
+    """In PEFT's own files "model." and "transformer." are where language models keep their layers."""
     first, _, rest = path.partition(".")
-    if first in COMPONENTS:
+    if first in COMPONENTS and not (peft and (first == "model" or rest.startswith(_LANGUAGE_TOP))):
         return first, rest
     if path.startswith(_UNET_TOP):
         return "unet", path
-    return ("text_encoder" if path.startswith(_TEXT_TOP) else None), path
+    if path.startswith(_TEXT_TOP):
+        return "text_encoder", path
+    return ("model" if peft else None), path
 
 
 def _old_projection(component: str, projection: str) -> str:
