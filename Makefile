@@ -24,10 +24,9 @@ app: $(VENV)/.runtime
 setup: $(VENV)/.dev
 
 # One test process per core, one thread each: tiny models gain nothing from more, and processes that wait must not spin.
-# Files in their order: the slow ones of the page come early, not last and alone.
 test: lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False \
-		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,7 +64,10 @@ class Attachment:
             self.layers[key] = layer
 
     def _share(self, plan: Plan) -> None:
-        """Modules that read the same input share one product."""
+        """Modules that read the same input share one product; all of them the memory for merged weights."""
+        rooms: dict[Any, Tensor] = {}
+        for layer in self.layers.values():
+            layer.rooms = rooms
         groups: dict[str, list[ComposedLinear]] = {}
         for key, site in plan.sites.items():
             layer = self.layers[key]

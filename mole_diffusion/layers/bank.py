@@ -89,11 +89,16 @@ class ExpertBank(nn.Module):
         stretch = weights.to(self.b.device, torch.float32) @ self.stretch.float()
         return product + stretch.reshape(*stretch.shape, *[1] * (base.ndim - 1)) * base.float()
 
-    def added(self, weights: Tensor, base: Tensor) -> Tensor:
-        """``base`` + :meth:`delta` of one vector of weights (n,), in as few passes as there are."""
+    def added(self, weights: Tensor, base: Tensor, room: Tensor | None = None) -> Tensor:
+        """``base`` + :meth:`delta` of one vector of weights (n,), in as few passes as there are.
+
+        ``room``, shaped like ``base``, may be overwritten and returned: fresh memory for every weight costs some
+        percent of a call.
+        """
         if self.stretch is not None or base.dtype != torch.float32:
             return base + self.delta(weights, base)
-        return torch.addmm(base.flatten(1), self.b * self.spread(weights), self.a.flatten(1)).view_as(base)
+        out = None if room is None else room.flatten(1)
+        return torch.addmm(base.flatten(1), self.b * self.spread(weights), self.a.flatten(1), out=out).view_as(base)
 
     def _keep(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)

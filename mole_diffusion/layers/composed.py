@@ -54,6 +54,7 @@ class _Composed(nn.Module):
         self.key = key
         self.context = context
         self.shared: SharedDown | None = None
+        self.rooms: dict[tuple[torch.Size, torch.device], Tensor] | None = None
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
@@ -61,6 +62,16 @@ class _Composed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+    def _room(self, weight: Tensor) -> Tensor | None:
+        """Memory that layers of one composition share for their merged weights; None = take fresh one."""
+        if self.rooms is None or torch.compiler.is_compiling() or weight.is_inference():
+            return None
+        key = (weight.shape, weight.device)
+        if key not in self.rooms:
+            with torch.inference_mode(False):
+                self.rooms[key] = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
+        return self.rooms[key]
 
     def _mergeable(self, x: Tensor) -> bool:
         """Half precision would swallow small differences; a graph through W' costs more than two thin GEMMs."""
@@ -102,7 +113,7 @@ class ComposedLinear(_Composed):
     def _merged(self, x: Tensor, weights: Tensor) -> Tensor:
         base = cast(nn.Linear, self.base)
         if weights.shape[0] == 1:
-            return F.linear(x, self.bank.added(weights[0, 0], base.weight), base.bias)
+            return F.linear(x, self.bank.added(weights[0, 0], base.weight, self._room(base.weight)), base.bias)
         weight = base.weight + self.bank.delta(weights[:, 0], base.weight)
         y = torch.matmul(x.unflatten(0, (-1, weights.shape[0])), weight.mT).flatten(0, 1)
         return y if base.bias is None else y + base.bias
@@ -120,7 +131,7 @@ class ComposedConv2d(_Composed):
         if weights is None:
             return base(x, *args, **kwargs)
         if weights.shape[2:] == (1, 1) and weights.shape[0] == 1 and type(base) is nn.Conv2d and self._mergeable(x):
-            weight = bank.added(weights[0, :, 0, 0], base.weight)
+            weight = bank.added(weights[0, :, 0, 0], base.weight, self._room(base.weight))
             return F.conv2d(_padded(base, x), weight, base.bias, base.stride, _padding(base), base.dilation)
         y = base(x, *args, **kwargs)
         if bank.stretch is not None:
