@@ -177,9 +177,15 @@ class Composition:
         new = build_gate(plan, config).to(next(self.host.models()[self.host.main].parameters()).device)
         if isinstance(new, RouterGates) and isinstance(self.gate, RouterGates):
             carry_over(new, self.gate)
+        merged = self._merged is not None
         self.unmerge()
-        if not self._exchanged(plan, config, new):
-            self._replace(plan, config, new)
+        try:
+            if not self._exchanged(plan, config, new):
+                self._replace(plan, config, new)
+        except BaseException:
+            if merged:
+                self.merge()
+            raise
         self._subsets = None
         self.record(self._record)
 
@@ -296,6 +302,8 @@ class Composition:
         if regions is None:
             self._context.prior = None
             return
+        if not any(site.sees == "image" for site in self.plan.sites.values()):
+            raise InvalidRequest("These experts change no module that sees places of the picture: regions do nothing.")
         for name in regions:
             self._check_name(name)
             if name in (expert.name for expert in self.plan.always):

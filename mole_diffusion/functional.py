@@ -121,12 +121,8 @@ def balance_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         0-d tensor.
     """
-    mean = weights.mean(0)
-    if mask is not None:
-        mean = mean[mask]
-    tiny = torch.finfo(mean.dtype).tiny
-    share = mean / mean.sum().clamp_min(tiny)
-    return -share.clamp_min(tiny).log().sum()
+    share = _shares(weights, mask)
+    return -share.clamp_min(torch.finfo(share.dtype).tiny).log().sum()
 
 
 def entropy_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -141,12 +137,17 @@ def entropy_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         0-d tensor.
     """
+    share = _shares(weights, mask)
+    return (share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum()
+
+
+def _shares(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean gate (active experts,) over the blocks of (M, N), normalised to 1."""
     mean = weights.mean(0)
     if mask is not None:
         mean = mean[mask]
     tiny = torch.finfo(mean.dtype).tiny
-    share = mean / mean.sum().clamp_min(tiny)
-    return (share * share.clamp_min(tiny).log()).sum()
+    return mean / mean.sum().clamp_min(tiny)
 
 
 def with_prior(weights: Tensor, prior: Tensor, total: str = "share") -> Tensor:

@@ -222,3 +222,9 @@ def test_grids_that_latents_have(cells: tuple[int, int], latent: tuple[int, int]
     check_grid(cells, latent)
     with pytest.raises(InvalidRequest, match="lie as the latents do"):
         check_grid((1, 7), latent)
+
+
+def test_experts_on_text_alone_take_no_regions(sd: Any) -> None:
+    expert = make_expert(sd, "robot", targets=("attn2.to_k", "attn2.to_v"))
+    with pytest.raises(InvalidRequest, match="regions do nothing"):
+        compose(sd, [expert], gate=GateConfig()).place({"robot": (0, 0, 0.5, 1)})

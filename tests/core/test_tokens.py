@@ -82,3 +82,10 @@ def test_a_switch_that_fails_leaves_the_experts_that_were_there(sd: Any) -> None
             composition.switch([bunny, cat])
         assert composition.names == ("robot", "bunny") and composition.attached
         assert torch.equal(generate(sd, "a <s0> and a <s1>"), before)
+        composition.merge()
+        before = generate(sd, "a <s0> and a <s1>")
+        weights = sd.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.clone()
+        with pytest.raises(InvalidRequest, match="both define"):
+            composition.switch([bunny, cat])
+        assert torch.equal(sd.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight, weights)
+        assert torch.equal(generate(sd, "a <s0> and a <s1>"), before)
