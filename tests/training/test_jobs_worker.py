@@ -93,7 +93,7 @@ def test_killed_child_is_queued_again_and_resumes(
 ) -> None:
     job = store.create("gate", {"steps": 40, "pause": 0.05, "checkpoints": True})
     new_worker()
-    wait_for(lambda: store.get(job).step >= 3)
+    wait_for(lambda: len(store.events(job, types=["saved"])) >= 3)
     os.kill(store.get(job).pid or 0, signal.SIGKILL)
     assert ended(store, job).state == "finished", store.get(job).reason
     assert states(store, job) == ["queued", "running", "queued", "running", "finished"]
