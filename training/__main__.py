@@ -7,26 +7,20 @@ import sys
 from collections.abc import Sequence
 
 from mole_diffusion.errors import MoleError
-from training import commands
+from training.cli import gate, run_job, study, subject, worker
+
+COMMANDS = {"subject": subject, "gate": gate, "study": study, "run-job": run_job, "worker": worker}
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser; the options of ``base`` are imported only where that command was ``chosen``."""
     parser = argparse.ArgumentParser(prog="python -m training", description="Train experts, gates and the demo base.")
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, text, add, action in (
-        ("subject", "pictures of a subject to an expert (DreamBooth with LoRA)", commands.add_subject,
-         commands.run_subject),
-        ("gate", "experts to a composition with learned gates", commands.add_gate, commands.run_gate),
-        ("study", "what the demo's experts and compositions reach, with intervals", commands.add_study,
-         commands.run_study),
-        ("run-job", "run one claimed job of a data folder; the worker starts this", commands.add_run_job,
-         commands.run_job_command),
-        ("worker", "run the queued jobs of a data folder, one at a time", commands.add_worker, commands.run_worker),
-    ):  # fmt: skip
-        subparser = subparsers.add_parser(name, help=text, description=text.capitalize() + ".")
-        add(subparser)
-        subparser.set_defaults(action=action)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").partition(": ")[2].strip()
+        subparser = subparsers.add_parser(name, help=summary.rstrip("."), description=summary.capitalize())
+        module.add_arguments(subparser)
+        subparser.set_defaults(action=module.main)
     base = subparsers.add_parser("base", help="the demo world's base model and scorer, from their pictures")
     if chosen == "base":
         from training.base import cli

@@ -28,6 +28,10 @@ class Task(Protocol):
         """Do step ``index`` (0-based) and return its metrics, ``loss`` among them."""
         ...
 
+    def enough(self) -> bool:
+        """Whether training may end before ``total_steps``, because its score no longer rises."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Trainable weights, optimiser state, own counters: nested dicts, lists, tensors and JSON values."""
         ...
@@ -110,7 +114,7 @@ class _Loop:
         done = self.restore()
         if done == 0 and self.schedule.sample_every:
             self.sample(0)
-        while done < self.task.total_steps:
+        while done < self.task.total_steps and not self.task.enough():
             if self.control.should_stop():
                 return self.stop(done)
             self.step(done)

@@ -102,7 +102,7 @@ class Gallery:
         """Embeds the views (4, H, W) of every candidate on every background.
 
         ``show`` makes of framed views on their grounds, (N, 3, S, S), what the pictures to be scored would show of
-        them: a small, soft drawing is far from the sharp view of its own subject (training/study_judge.py).
+        them: a small, soft drawing is far from the sharp view of its own subject (training/study/judge.py).
         """
         if not views:
             raise InvalidRequest("Expected the views of one subject at least, got none.")

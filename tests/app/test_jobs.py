@@ -39,7 +39,7 @@ def test_a_job_finds_everything_it_needs(services: Services, store: JobStore) ->
 
 def test_the_trainer_understands_the_configuration(services: Services, store: JobStore) -> None:
     from training.config import parse
-    from training.jobs.run import gate_expert
+    from training.jobs.kinds import gate_expert
     from training.tasks.gate import GateTrainingConfig
 
     job = store.get(services.jobs.train_gates("demo", demo(services), GateRecipe()))

@@ -17,7 +17,8 @@ from mole_diffusion.persist import read_composition_header
 from tests.tiny import tiny_subject
 from tests.training.helpers import load, lora
 from tests.training.test_jobs_worker import ended, wait_for
-from training.jobs.run import DatabaseControl, gate_expert, inside, run_job
+from training.jobs.kinds import gate_expert, inside
+from training.jobs.run import DatabaseControl, run_job
 from training.jobs.store import Job, JobStore, job_folder
 from training.jobs.worker import Timing, Worker
 from training.tasks.gate import ExpertEntry

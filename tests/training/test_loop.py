@@ -38,6 +38,9 @@ class Walk:
         self.optimiser.step()
         return {"loss": loss.item(), "extra": 1.0}
 
+    def enough(self) -> bool:
+        return False
+
     def state_dict(self) -> dict:
         return {"layer": self.layer.state_dict(), "optimiser": self.optimiser.state_dict()}
 

@@ -11,9 +11,10 @@ import torch
 from mole_diffusion.bases import assets_dir, get_base
 from mole_diffusion.scoring.views import load_views
 from training.base.scenes import COLOURS, paint_background
-from training.study import _ground, table
-from training.study_judge import SubjectJudge
-from training.study_options import METHODS, PAIRS
+from training.study.bench import ground_of
+from training.study.judge import SubjectJudge
+from training.study.options import METHODS, PAIRS
+from training.study.run import table
 
 
 def test_the_protocol_has_six_pairs_that_cover_eight_subjects():
@@ -25,7 +26,7 @@ def test_the_protocol_has_six_pairs_that_cover_eight_subjects():
 def test_backgrounds_are_recognised_behind_a_subject(colour):
     picture = paint_background(colour, 64, np.random.default_rng(1))
     picture[16:48, 16:48] = (10, 200, 240)
-    assert _ground(torch.from_numpy(picture).permute(2, 0, 1) / 255) == colour
+    assert ground_of(torch.from_numpy(picture).permute(2, 0, 1) / 255) == colour
 
 
 def test_tables_give_intervals_over_pairs_and_paired_differences(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from training.study_extra import rank_correlation, rank_interval
+from training.study.extra import rank_correlation, rank_interval
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -155,6 +155,10 @@ class GateTask:
             metrics["held_out_loss"] = self._validate(done)
         return metrics
 
+    def enough(self) -> bool:
+        """False: it trains to its last step."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """Gates, optimiser, the best gates so far, and the configuration that they belong to."""
         best = None if self.best is None else asdict(self.best)

@@ -139,6 +139,10 @@ class SubjectTask:
         self.optimiser.step()
         return {"loss": loss.item(), "grad_norm": norm.item(), **metrics}
 
+    def enough(self) -> bool:
+        """False: it trains to its last step."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """Adapter, optimiser, and the configuration that they belong to."""
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from mole_diffusion.scoring.report import leak_matrix
 from training.base.scenes import article, background_phrase
 
 if TYPE_CHECKING:
-    from training.study import Bench
+    from training.study.bench import Bench, Job
 
 GROUNDS = ("green", "white")
 RESAMPLES = 10_000
@@ -51,11 +50,17 @@ def measure_pair(bench: Bench, pair: tuple[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def forecast_jobs(bench: Bench, out: Path) -> list[tuple[Path, Any]]:
+def forecast_jobs(bench: Bench, out: Path) -> list[Job]:
     """Every pair of demo subjects."""
     folder = out / "forecast"
     pairs = itertools.combinations(bench.names, 2)
     return [(folder / f"{'+'.join(pair)}.json", lambda pair=pair: measure_pair(bench, pair)) for pair in pairs]
+
+
+def collapse_jobs(bench: Bench, out: Path, files: Sequence[Path]) -> list[Job]:
+    """One result per composition file."""
+    folder = out / "collapse"
+    return [(folder / f"{path.stem}.json", lambda path=path: study_collapse(bench, path, folder)) for path in files]
 
 
 def forecast_table(out: Path) -> list[str]:
@@ -135,11 +140,3 @@ def _scores(bench: Bench, prompts: Sequence[str], names: Sequence[str], composit
         "alignment": str(bootstrap_interval(aligned.numpy(), groups)),
         "scorers": f"{judge.label}; {bench.alignment.label}",
     }  # fmt: skip
-
-
-def save(path: Path, record: dict[str, Any]) -> None:
-    """One result, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record) + "\n")
-    os.replace(temporary, path)
