@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 ARGS ?=
+KILLS ?= 50
 
-.PHONY: help setup app test lint bench clean distclean
+.PHONY: help setup app test lint bench chaos clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo 'make test       lint, types and tests (ARGS is passed to pytest)'
 	@echo 'make setup      only create .venv with everything that tests need'
 	@echo 'make bench      what composing costs beside the base and other tools (ARGS="--size sdxl --device cuda --json")'
+	@echo 'make chaos      kill training jobs at random and count what is lost (KILLS=1000 for the full length)'
 	@echo 'make lint       only ruff and pyright'
 	@echo 'make clean      remove caches; make distclean also removes .venv'
 
@@ -34,6 +36,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.composition $(ARGS)
+
+chaos: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False \
+		$(BIN)/python -m tests.chaos --kills $(KILLS) $(ARGS)
 
 clean:
 	rm -rf .pytest_cache .ruff_cache

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mole_diffusion.bases import assets_dir
-from training.study import extra, pairs, subjects
+from training.study import adapters, extra, pairs, subjects
 from training.study.bench import Bench, Job, save
 from training.study.options import PAIRS
 
@@ -44,6 +44,8 @@ def jobs_of(args: argparse.Namespace, bench: Bench, out: Path) -> list[Job]:
         return extra.collapse_jobs(bench, out, args.composition)
     if args.part == "subjects":
         return subjects.jobs(bench, out, args.only)
+    if args.part == "adapters":
+        return adapters.jobs(bench, out, args.adapters, args.train_seeds, everyone=args.everyone)
     return pairs.jobs(bench, out, args.only, args.methods)
 
 
@@ -56,4 +58,5 @@ def judge_again(bench: Bench, out: Path, only: list[int] | None) -> None:
 
 def table(out: Path) -> str:
     """All results found below ``out`` as Markdown."""
-    return "\n".join([*subjects.table(out), *pairs.table(out), *extra.forecast_table(out)]) + "\n"
+    parts = (subjects.table, pairs.table, extra.forecast_table, adapters.table)
+    return "\n".join(line for part in parts for line in part(out)) + "\n"
