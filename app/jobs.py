@@ -6,7 +6,7 @@ import itertools
 import statistics
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from app.library import Library
 from app.records import Entry
 from mole_diffusion.errors import InvalidRequest
+from training.jobs.limits import NO_LIMITS, Limits
+from training.jobs.retention import remove_folder
+from training.jobs.states import WAITING
 
 if TYPE_CHECKING:
     from training.jobs.store import Job, JobEvent, JobStore
     from training.jobs.worker import Worker
 
-__all__ = ["GateRecipe", "JobService", "JobView"]
+__all__ = ["GateRecipe", "JobSample", "JobService", "JobView"]
 
 KEPT_CURVES = 16
 USUAL = {"demo": (40.0, 0.6)}
@@ -55,13 +58,25 @@ class GateRecipe:
 
 
 @dataclass(frozen=True)
+class JobSample:
+    """A picture made along the way: alignment by text, identity by subject, and which models say so."""
+
+    step: int
+    path: Path
+    scores: dict[str, float]
+    identity: dict[str, float]
+    scorers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class JobView:
-    """One job with what the page draws: losses by step, on held-out scenes too, sample pictures, its log."""
+    """One job with what the page draws: losses by step, on held-out scenes too, scores, sample pictures, its log."""
 
     job: Job
     losses: list[tuple[int, float]]
     held_out: list[tuple[int, float]]
-    samples: list[tuple[int, Path, dict[str, float]]]
+    scores: list[tuple[int, float]]
+    samples: list[JobSample]
     log: str
     seconds_left: float | None
 
@@ -73,12 +88,14 @@ class Curve:
     last: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
     times: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def extend(self, progress: Sequence[JobEvent]) -> None:
         """Append what is new."""
         self.losses += _metric(progress, "loss")
         self.held_out += _metric(progress, "held_out_loss")
+        self.scores += _metric(progress, "score")
         self.times.extend(event.time for event in progress)
         self.last = progress[-1].number if progress else self.last
 
@@ -86,7 +103,8 @@ class Curve:
         """From the pace of the last steps, so that the preparation does not count."""
         if job.state != "running" or len(self.times) < 3:
             return None
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) * (job.total - job.step)
+        steps = (after - before for before, after in itertools.pairwise(self.times))  # a pause may lie between two
+        return statistics.median(steps) * (job.total - job.step)
 
 
 class JobService:
@@ -97,10 +115,17 @@ class JobService:
         worker: starts one child process per job.
         library: where the experts of a job come from.
         blocked: why nothing can be trained here, or None.
+        limits: what one visitor may ask for.
     """
 
     def __init__(
-        self, store: JobStore, worker: Worker, library: Library, data_dir: Path, blocked: str | None = None
+        self,
+        store: JobStore,
+        worker: Worker,
+        library: Library,
+        data_dir: Path,
+        blocked: str | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._store = store
         self._worker = worker
@@ -109,6 +134,7 @@ class JobService:
         self._curves: OrderedDict[str, Curve] = OrderedDict()
         self._reading = threading.Lock()
         self.blocked = blocked
+        self.limits = limits
 
     def start_worker(self) -> None:
         """Begin to serve the queue in this process; jobs of an earlier run go on."""
@@ -137,22 +163,52 @@ class JobService:
             "alpha": recipe.alpha,
             "seed": recipe.seed,
         }
-        return self._store.create("gate", config, title=" + ".join(e.name for e in entries), owner=owner or None)
+        return self._create("gate", config, " + ".join(entry.name for entry in entries), owner)
+
+    def train_subject(
+        self, settings: Mapping[str, Any], images: Path, preset: str | None = None, owner: str = "",
+        job_id: str | None = None,
+    ) -> str:  # fmt: skip
+        """Queue an expert of the pictures in ``images`` and return the job's id. Raises InvalidRequest with a sentence.
+
+        Args:
+            settings: those of SubjectConfig by their names in JSON: base, token, class, adapter, steps, rank and more.
+            images: a folder inside the data folder (or the assets) with this visitor's pictures; visitors name none.
+            job_id: names the job, where its folder was made before.
+            preset: sets defaults for a GPU of some size; what ``settings`` say wins.
+        """
+        from training.jobs.kinds import inside
+        from training.presets import preset as find_preset
+        from training.tasks.subject_config import SubjectConfig
+
+        if self.blocked:
+            raise InvalidRequest(self.blocked)
+        folder = inside(str(images), self._data_dir)
+        config = SubjectConfig.of(preset, **settings)
+        usual = find_preset(preset).settings("subject") if preset is not None else {}
+        root = self._data_dir.resolve()
+        named = folder.relative_to(root) if folder.is_relative_to(root) else folder
+        given = {**usual, **settings, "images": named.as_posix()}
+        return self._create("subject", given, config.name or config.phrase, owner, job_id)
 
     def list(self, owner: str = "", limit: int = 20) -> list[Job]:
-        """The owner's jobs, newest first."""
-        return self._store.list(owner=owner or None, limit=limit)
+        """The owner's newest jobs, newest first, and all that have not ended."""
+        newest = self._store.list(owner=owner, limit=limit)
+        known = {job.id for job in newest}
+        return newest + [job for job in self._store.list(WAITING, owner=owner, limit=None) if job.id not in known]
 
     def view(self, job_id: str, owner: str = "") -> JobView:
         """One job in full. Raises InvalidRequest for a job of somebody else."""
         job = self._own(job_id, owner)
         with self._reading:  # several pages may look at once
             curve = self._curve(job.id)
-            losses, held_out, seconds_left = list(curve.losses), list(curve.held_out), curve.seconds_left(job)
+            losses, held_out, scores = list(curve.losses), list(curve.held_out), list(curve.scores)
+            seconds_left = curve.seconds_left(job)
         return JobView(
             job=job,
             losses=losses,
             held_out=held_out,
+            scores=scores,
             samples=self._samples(job),
             log=_tail(self._folder(job) / "log.txt"),
             seconds_left=seconds_left,
@@ -167,9 +223,41 @@ class JobService:
         """Ask a job to stop; what it has trained so far stays in its checkpoint."""
         self._store.request_cancel(self._own(job_id, owner).id)
 
+    def pause(self, job_id: str, owner: str = "") -> None:
+        """Ask a running job to write a checkpoint and free the device until it is resumed."""
+        self._store.request_pause(self._own(job_id, owner).id)
+
+    def resume(self, job_id: str, owner: str = "") -> None:
+        """Go on with a paused or cancelled job from its checkpoint."""
+        self._store.resume(self._own(job_id, owner).id, limits=self.limits)
+
+    def retry(self, job_id: str, owner: str = "") -> None:
+        """Go on with a failed job from its last checkpoint."""
+        self._store.retry(self._own(job_id, owner).id, limits=self.limits)
+
+    def remove(self, job_id: str, owner: str = "") -> None:
+        """Forget an ended job with its pictures, checkpoints and gates; an expert in the library stays.
+
+        Raises InvalidRequest for one that has not ended.
+        """
+        job = self._own(job_id, owner)
+        gates = self._composition(job)
+        self._store.delete(job.id)
+        remove_folder(self._data_dir, job.id)
+        if gates is not None:
+            gates.unlink(missing_ok=True)
+
+    def save_now(self, job_id: str, owner: str = "") -> None:
+        """Ask a running job for a checkpoint."""
+        self._store.request_save(self._own(job_id, owner).id)
+
+    def sample_now(self, job_id: str, owner: str = "") -> None:
+        """Ask a running job for sample pictures."""
+        self._store.request_sample(self._own(job_id, owner).id)
+
     def compositions(self, owner: str = "") -> list[Path]:
         """Composition files of the owner's finished jobs, newest first."""
-        finished = self._store.list(["finished"], owner=owner or None, kind="gate")
+        finished = self._store.list(["finished"], owner=owner, kind="gate")
         return [path for job in finished if (path := self._composition(job)) is not None]
 
     def estimate(self, base: str, steps: int) -> str:
@@ -186,6 +274,13 @@ class JobService:
         return f"{steps:,} steps, about {duration(start + step * steps)} {basis}."
 
     # -- inside ------------------------------------------------------------------------------------------------
+
+    def _create(
+        self, kind: str, config: Mapping[str, Any], title: str, owner: str, job_id: str | None = None
+    ) -> str:
+        return self._store.create(
+            kind, config, title=title, owner=owner or None, limits=self.limits, job_id=job_id
+        )  # fmt: skip
 
     def _check(self, entries: Sequence[Entry]) -> None:
         if len(entries) < 2:
@@ -242,12 +337,14 @@ class JobService:
     def _folder(self, job: Job) -> Path:
         return self._data_dir / "jobs" / job.id
 
-    def _samples(self, job: Job) -> list[tuple[int, Path, dict[str, float]]]:
+    def _samples(self, job: Job) -> list[JobSample]:
         found = []
         for event in self._store.events(job.id, types=["sample"]):
             path = self._inside(job, str(event.data.get("path", "")))
             if path is not None:
-                found.append((event.step or 0, path, dict(event.data.get("scores") or {})))
+                scores, identity = (dict(event.data.get(name) or {}) for name in ("scores", "identity"))
+                scorers = tuple(event.data.get("scorers") or ())
+                found.append(JobSample(event.step or 0, path, scores, identity, scorers))
         return found
 
     def _inside(self, job: Job, name: str) -> Path | None:
@@ -257,6 +354,8 @@ class JobService:
     def _pace(self, job: Job, base: str) -> tuple[float, float] | None:
         """Seconds before the first step and for each step of a finished job on this base."""
         if job.config.get("base") != base or not job.started or not job.ended:
+            return None
+        if job.starts != 1:  # it was paused or interrupted: its times say nothing
             return None
         first = next(iter(self._store.events(job.id, types=["progress"], limit=1)), None)
         if first is None or (steps := job.step - (first.step or 0)) < 9:

@@ -40,11 +40,12 @@ def build_app(services: Services) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate") as making:
                 generate = generate_tab(services, page)
-            with gr.Tab("Library", id="library"):
+            with gr.Tab("Library", id="library") as shelves:
                 library = library_tab(services, page)
             with gr.Tab("Train", id="train") as training:
                 train = train_tab(services, page)
         making.select(generate.refresh, generate.offering, generate.offered, **QUIET)
+        shelves.select(library.refresh, library.chosen, library.cards, **QUIET)
         training.select(train.refresh, train.offering, train.offered, **QUIET)
         library.onward.click(train.refresh, train.offering, train.offered, **QUIET).then(
             lambda: gr.Tabs(selected="train"), None, tabs, **QUIET

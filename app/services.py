@@ -15,6 +15,7 @@ from app.scorer import Scorer
 from app.sessions import Sessions
 from app.settings import Settings
 from app.shipped import Shipped
+from app.subjects import SubjectService
 from app.visits import visitor
 from mole_diffusion.errors import MoleError
 
@@ -32,6 +33,7 @@ class Services:
     library: Library
     compositions: Compositions
     jobs: JobService
+    subjects: SubjectService
     generator: Generator
     sessions: Sessions
 
@@ -76,15 +78,17 @@ def build_services(settings: Settings, scorer: Scorer | None = None) -> Services
     url = database_url(data_dir)
     shipped = Shipped(assets_dir() / "demo")
     library = Library(open_database(url), data_dir, shipped, settings.base_names)
-    store = JobStore(url)
-    worker = Worker(store, data_dir, executor=LocalExecutor(device=settings.device))
-    jobs = JobService(store, worker, library, data_dir, settings.training_blocked)
+    store = JobStore.of(data_dir, settings.database)
+    executor = LocalExecutor(device=settings.device, database=settings.database, limits=settings.limits)
+    worker = Worker(store, data_dir, executor=executor, device=settings.device, retention=settings.retention)
+    jobs = JobService(store, worker, library, data_dir, settings.training_blocked, settings.limits)
     generator = Generator(settings.device, scorer or Scorer())
     return Services(
         settings=settings,
         library=library,
         compositions=Compositions(shipped, jobs.compositions),
         jobs=jobs,
+        subjects=SubjectService(jobs, store, library, data_dir, settings.base_names),
         generator=generator,
         sessions=Sessions(generator, data_dir / "images"),
     )

@@ -6,16 +6,19 @@ import argparse
 import ipaddress
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import platformdirs
 
 from mole_diffusion.errors import InvalidRequest
+from training.jobs.limits import NO_LIMITS, Limits
+from training.jobs.retention import KEEP_ALL, Retention
 
 __all__ = ["APP_NAME", "Settings", "parser", "settings_from"]
 
 APP_NAME = "mole-diffusion"
+JOBS_ON_A_SPACE = 3
 BASE_CHOICES = ("demo", "sd21", "sd21-base", "sdxl")
 
 
@@ -31,6 +34,9 @@ class Settings:
         base: name of the base that is selected first.
         base_folder: a local pipeline folder offered as a further base; never taken from a visitor.
         device: torch device, "auto" picks an accelerator when there is one.
+        database: URL of a server database for jobs, where several machines work; None = a file in the data folder.
+        limits: how many jobs and bytes one visitor may have.
+        retention: how long the files of ended jobs stay.
         space: whether the page runs on a Hugging Face Space.
         zero_gpu: whether that Space lends its GPU per call (then nothing can train in the background).
         warm_up: load the selected base and its scorer once the server is up.
@@ -43,6 +49,9 @@ class Settings:
     base: str = "demo"
     base_folder: Path | None = None
     device: str = "auto"
+    database: str | None = field(default=None, repr=False)
+    limits: Limits = NO_LIMITS
+    retention: Retention = KEEP_ALL
     space: bool = False
     zero_gpu: bool = False
     warm_up: bool = True
@@ -107,6 +116,9 @@ def settings_from(argv: Sequence[str] | None = None, environ: Mapping[str, str] 
         base=args.base or env.get("MOLE_BASE") or "demo",
         base_folder=_folder(args.base_folder or env.get("MOLE_BASE_FOLDER")),
         device=args.device or env.get("MOLE_DEVICE") or "auto",
+        database=env.get("MOLE_DATABASE_URL") or None,
+        limits=_limits(env, space),
+        retention=Retention.of(env),
         space=space,
         zero_gpu=_is_true(env.get("SPACES_ZERO_GPU")),
         warm_up=not _is_true(env.get("MOLE_NO_WARM_UP")),
@@ -117,6 +129,12 @@ def settings_from(argv: Sequence[str] | None = None, environ: Mapping[str, str] 
             "a pipeline folder of your own goes into --base-folder."
         )
     return settings
+
+
+def _limits(env: Mapping[str, str], space: bool) -> Limits:
+    """Those of the environment; on a Space, where everybody shares one GPU, few jobs each."""
+    limits = Limits.of(env)
+    return replace(limits, jobs_per_owner=JOBS_ON_A_SPACE) if space and limits.jobs_per_owner is None else limits
 
 
 def _is_true(text: str | None) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         StaticWeights,
         TriggerSpans,
     )
+    from mole_diffusion.gates.router_file import load_router
     from mole_diffusion.persist import load_composition
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "Composition": "composition",
     "compose": "composition",
     "load_composition": "persist",
+    "load_router": "gates.router_file",
 }
 __all__ = [
     "Composition",
@@ -50,6 +52,7 @@ __all__ = [
     "combine",
     "compose",
     "load_composition",
+    "load_router",
 ]
 
 

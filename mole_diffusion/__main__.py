@@ -70,6 +70,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="demo", help=f"{', '.join(BASES)} or a pipeline folder (default: demo)")
     parser.add_argument("--expert", action="append", default=[], metavar="NAME_OR_FILE", help="repeat for several")
     parser.add_argument("--composition", type=Path, metavar="FILE", help="trained gates; brings its experts' names")
+    parser.add_argument("--router", type=Path, metavar="FILE", help="a trained router; weighs any experts of its base")
     parser.add_argument(
         "--method", choices=METHODS, metavar="METHOD", help=f"compose without trained gates: {', '.join(METHODS)}"
     )
@@ -165,6 +166,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         experts=arguments.expert,
         composition=arguments.composition,
+        router=arguments.router,
         method=arguments.method,
         prompt=arguments.prompt,
         negative=arguments.negative,

@@ -23,7 +23,7 @@ from mole_diffusion.gates.composite import average_passes
 from mole_diffusion.gates.config import AnyGate, KLora, learned_static, nla, weighted_sum
 from mole_diffusion.gates.make import build_gate
 from mole_diffusion.gates.protocol import Run
-from mole_diffusion.gates.router import RouterGates
+from mole_diffusion.gates.router import RouterGates, TrainedRouter
 from mole_diffusion.hosts import host_for
 from mole_diffusion.merge import Merged, collapse, column_weights, trace_weights
 from mole_diffusion.plan import Plan, build_plan
@@ -175,7 +175,8 @@ class Composition:
         plan = build_plan(self.host, experts, config.granularity, outside, owner=self._context)
         plan = padded(plan) if self.bucket else plan
         new = build_gate(plan, config).to(next(self.host.models()[self.host.main].parameters()).device)
-        if isinstance(new, RouterGates) and isinstance(self.gate, RouterGates):
+        both = isinstance(new, RouterGates) and isinstance(self.gate, RouterGates)
+        if both and not isinstance(gate, TrainedRouter):  # one that is given has learned elsewhere
             carry_over(new, self.gate)
         merged = self._merged is not None
         self.unmerge()

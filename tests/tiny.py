@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from mole_diffusion.experts.save import write_safetensors
+
 TOKENS = 32
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SUBJECTS = {"robot": "red", "bunny": "blue"}
@@ -169,7 +171,7 @@ def tiny_lora(
             if name.endswith(tuple(targets)) and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 tensors |= _factors(f"{component}.{name}", module.weight, rank, scale, generator)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=dict(metadata or {"format": "pt"}))
+    write_safetensors(tensors, path, metadata or {"format": "pt"})  # equal content, equal hash
     return path
 
 

@@ -1,4 +1,4 @@
-"""``python -m training``: subject, gate, base, study, run-job, worker. Exit code 2 and one sentence on bad input."""
+"""``python -m training``: subject, gate, router, base, study and jobs. Exit code 2 and one sentence on bad input."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from mole_diffusion.errors import MoleError
-from training.cli import gate, run_job, study, subject, worker
+from training.cli import gate, jobs, router, run_job, study, subject, worker
 
-COMMANDS = {"subject": subject, "gate": gate, "study": study, "run-job": run_job, "worker": worker}
+COMMANDS = {
+    "subject": subject,
+    "gate": gate,
+    "router": router,
+    "study": study,
+    "jobs": jobs,
+    "worker": worker,
+    "run-job": run_job,
+}
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:

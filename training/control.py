@@ -12,6 +12,10 @@ class Control(Protocol):
         """True: write a checkpoint and stop."""
         ...
 
+    def should_pause(self) -> bool:
+        """True: write a checkpoint and end, to go on later; the device is free meanwhile."""
+        return False
+
     def take_save(self) -> bool:
         """True once for each request to write a checkpoint now."""
         ...
@@ -26,12 +30,17 @@ class Commands:
 
     def __init__(self) -> None:
         self.stop = False
+        self.pause = False
         self.save = False
         self.sample = False
 
     def should_stop(self) -> bool:
         """Whether :attr:`stop` was set."""
         return self.stop
+
+    def should_pause(self) -> bool:
+        """Whether :attr:`pause` was set."""
+        return self.pause
 
     def take_save(self) -> bool:
         """Read and clear :attr:`save`."""

@@ -26,12 +26,17 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture made during training; ``scores`` maps a text or a subject to its alignment."""
+    """A picture made during training."""
 
     path: str
     step: int
     scores: Mapping[str, float] = field(default_factory=dict)
+    """Alignment: cosine of the picture with the prompt ("prompt") and with each subject's words, by its name."""
     prompt: str = ""
+    identity: Mapping[str, float] = field(default_factory=dict)
+    """How much each subject's place in the picture looks like its pictures, by its name."""
+    scorers: tuple[str, ...] = ()
+    """Which models made the scores: one for alignment, one for identity."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,18 @@ class Sink(Protocol):
     def emit(self, event: Event) -> None:
         """Take one event; must not raise for an event it does not care about."""
         ...
+
+
+class SinkGroup:
+    """Hands every event to all of its sinks, in their order; without any, nobody listens."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def emit(self, event: Event) -> None:
+        """Hand ``event`` on."""
+        for sink in self.sinks:
+            sink.emit(event)
 
 
 class MemorySink:

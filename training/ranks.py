@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """This process among those that train together; without an accelerator it is alone."""
+    """This process among those that train together; without an accelerator it is alone.
+
+    Attributes:
+        count: how many processes there are.
+        index: which one this is, 0…count-1.
+    """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self._accelerator = accelerator
@@ -27,18 +33,29 @@ class Ranks:
         self.index = 0 if accelerator is None else accelerator.process_index
 
     @classmethod
-    def here(cls) -> Ranks:
-        """By what a launcher (accelerate, torchrun) has put into the environment."""
+    def here(cls, device: str | None = None) -> Ranks:
+        """By what a launcher (``accelerate launch``, torchrun) has put into the environment; may be asked again.
+
+        Args:
+            device: what the user asked for, default MOLE_DEVICE; "cpu" counts even where there are GPUs.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        from accelerate import Accelerator
-
-        return cls(Accelerator(cpu=not torch.cuda.is_available()))
+        asked = device or os.environ.get("MOLE_DEVICE")
+        return cls(_accelerator(asked == "cpu" or not torch.cuda.is_available()))
 
     @property
     def first(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.index == 0
+
+    @property
+    def device(self) -> str | None:
+        """Where this process trains, for instance "cuda:1"; None: it is alone and free to choose."""
+        if self._accelerator is None:
+            return None
+        device = self._accelerator.device
+        return "cpu" if device.type == "cpu" else str(device)
 
     def part(self, batch: int) -> slice:
         """This process's rows of a batch. Raises InvalidRequest where the parts would differ in size."""
@@ -50,22 +67,28 @@ class Ranks:
         return slice(self.index * each, (self.index + 1) * each)
 
     def average(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes."""
+        """Replace every gradient by its mean over the processes, all in one message.
+
+        A parameter that got no gradient in any process keeps none: optimisers skip it, as in one process.
+        """
         if self._accelerator is None:
             return
-        for parameter in parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self._accelerator.reduce(gradient, "mean")  # type: ignore[assignment]
+        chosen = list(parameters)
+        flat = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in chosen]
+        marks = flat[0].new_tensor([parameter.grad is not None for parameter in chosen])
+        sizes = [*(part.numel() for part in flat), len(marks)]
+        *means, marked = self._mean(torch.cat([*flat, marks])).split(sizes)
+        for parameter, mean, mark in zip(chosen, means, marked.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype) if mark else None
 
     def mean(self, value: float) -> float:
         """The mean of a number over the processes."""
         if self._accelerator is None:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self._accelerator.device)
-        return float(self._accelerator.reduce(tensor, "mean"))  # type: ignore[arg-type]
+        return float(self._mean(torch.tensor([value], dtype=torch.float64, device=self._accelerator.device)))
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """What the first process says, for all of them."""
+        """What the first process says, for all of them; those of the others are not looked at, only counted."""
         if self._accelerator is None:
             return list(flags)
         from accelerate.utils import broadcast
@@ -77,3 +100,24 @@ class Ranks:
         """Until all processes are here."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the others, at the end of a training that went well; a launcher ends those of one that failed."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+    def _mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert self._accelerator is not None
+        return self._accelerator.reduce(tensor, "mean")  # type: ignore[return-value]
+
+
+@cache
+def _accelerator(cpu: bool) -> Accelerator:
+    """One for the life of a process: after :meth:`Ranks.close` it still knows which one it is."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=cpu)
+
+
+ALONE = Ranks()
+"""A process that trains by itself."""

@@ -16,7 +16,7 @@ from app.records import Entry
 from app.services import Services, owner_of
 from app.sessions import Session
 from app.ui.errors import guarded
-from app.ui.parts import block
+from app.ui.parts import base_choices, block
 from app.ui.stage import invitation, results, shot_html, status
 from mole_diffusion.errors import MoleError
 
@@ -119,9 +119,6 @@ def generate_tab(services: Services, page: gr.Blocks) -> GenerateTab:
 
 
 def _controls(services: Services) -> Controls:
-    from mole_diffusion.bases import BASES
-
-    names = services.settings.base_names
     subjects = gr.CheckboxGroup(label="Subjects", choices=[], elem_classes="pills", elem_id="subjects")
     prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, elem_id="prompt")
     method = gr.Radio(
@@ -140,7 +137,7 @@ def _controls(services: Services) -> Controls:
     with gr.Accordion("Advanced", open=False, elem_classes="fold"):
         base = gr.Dropdown(
             label="Base",
-            choices=[(BASES.get(name, Path(name).name), name) for name in names],
+            choices=base_choices(services.settings),
             value=services.settings.base,
             filterable=False,
             elem_id="base",

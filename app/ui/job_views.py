@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from app.jobs import JobView, duration
+from app.jobs import JobSample, JobView, duration
 from app.pictures import thumbnail_uri
 from app.ui.charts import Series, line_chart, smooth, thin
 from app.ui.parts import block, chip, note
-from app.words import alignment_name
 
 if TYPE_CHECKING:
     from training.jobs.store import Job
@@ -23,6 +22,7 @@ STATES = {
     "queued": ("waiting", ""),
     "running": ("training", "live"),
     "finished": ("finished", "good"),
+    "paused": ("paused", ""),
     "failed": ("failed", "bad"),
     "cancelled": ("cancelled", ""),
 }
@@ -51,18 +51,28 @@ def curve(view: JobView) -> str:
         held_out = thin([(float(step), loss) for step, loss in view.held_out])
         lines.append(Series("on scenes it never trained on", "var(--s2)", held_out))
     total = max(view.job.total, int(points[-1][0]))
-    chart = line_chart(lines, x_end=total, x_words=("step 1", f"step {total:,}"), height=150, label="Loss by step")
-    return block(f'<p class="section">Loss</p>{chart}')
+    ends = {"x_end": total, "x_words": ("step 1", f"step {total:,}")}
+    chart = line_chart(lines, **ends, height=150, label="Loss by step")
+    return block(f'<p class="section">Loss</p>{chart}{_scores(view, ends)}')
+
+
+def _scores(view: JobView, ends: dict[str, Any]) -> str:
+    """What decides which gates are kept, where pictures do: by a model that did not train them."""
+    if len(view.scores) < 2:
+        return ""
+    points = thin([(float(step), score) for step, score in view.scores])
+    chart = line_chart([Series("score", "var(--s2)", points)], **ends, height=110, label="Score by step")
+    return f'<p class="section">Score of validation pictures: identity × what was asked for</p>{chart}'
 
 
 def samples(view: JobView) -> str:
     """Pictures made with the gates as they were, newest first."""
     if not view.samples:
         return ""
-    newest = sorted(view.samples, key=lambda sample: sample[0], reverse=True)[:12]
-    figures = "".join(_sample(step, path, scores) for step, path, scores in newest)
-    scorer = alignment_name(str(view.job.config.get("base", ""))) if any(s for _n, _p, s in newest) else ""
-    words = f"Pictures along the way{', ' if scorer else ''}{scorer}"
+    newest = sorted(view.samples, key=lambda sample: sample.step, reverse=True)[:12]
+    scorers = ", ".join(dict.fromkeys(scorer for sample in newest for scorer in sample.scorers))
+    words = f"Pictures along the way{', ' if scorers else ''}{scorers}"
+    figures = "".join(map(_sample, newest))
     return block(f'<p class="section">{escape(words)}</p><div class="samples">{figures}</div>')
 
 
@@ -88,9 +98,12 @@ def _sentence(view: JobView) -> str:
         return "Waits for its turn; it starts by itself."
     if job.state == "finished":
         took = f" in {duration(job.ended - job.started)}" if job.ended and job.started else ""
-        return f"{job.total:,} steps{took}. The gates are ready to use."
-    if job.state == "cancelled":
-        return f"Stopped at step {job.step:,} of {job.total:,}."
+        ready = "The subject is in the library" if job.kind == "subject" else "The gates are ready to use"
+        return f"{job.step:,} steps{took}. {ready}."
+    if job.state in ("cancelled", "paused"):
+        return f"{job.state.capitalize()} at step {job.step:,} of {job.total:,}; it can go on from there."
+    if job.pause:
+        return f"Pausing at step {job.step:,} of {job.total:,}."
     if job.cancel:
         return f"Stopping at step {job.step:,} of {job.total:,}."
     if not job.step:
@@ -100,11 +113,13 @@ def _sentence(view: JobView) -> str:
     return f"Step {job.step:,} of {job.total:,}{loss}{left}. It goes on when this page is closed."
 
 
-def _sample(step: int, path: Path, scores: dict[str, float]) -> str:
-    words = "<br>".join(escape(f"{name} {value:.2f}") for name, value in scores.items())
-    address = _thumbnail(path, path.stat().st_mtime_ns)
-    line = f"<br>{words}" if words else ""
-    return f'<figure><img src="{address}" alt="Step {step}"><figcaption>step {step}{line}</figcaption></figure>'
+def _sample(sample: JobSample) -> str:
+    words = [f"{name} {value:.2f}" for name, value in sample.scores.items()]
+    words += [f"{name}, identity {value:.2f}" for name, value in sample.identity.items()]
+    address = _thumbnail(sample.path, sample.path.stat().st_mtime_ns)
+    lines = "".join(f"<br>{escape(line)}" for line in words)
+    step = sample.step
+    return f'<figure><img src="{address}" alt="Step {step}"><figcaption>step {step}{lines}</figcaption></figure>'
 
 
 @lru_cache(maxsize=256)

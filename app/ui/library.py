@@ -53,6 +53,8 @@ class LibraryTab:
 
     cards: gr.HTML
     onward: gr.Button
+    chosen: gr.State
+    refresh: Any
 
 
 def library_tab(services: Services, page: gr.Blocks) -> LibraryTab:
@@ -79,8 +81,9 @@ def library_tab(services: Services, page: gr.Blocks) -> LibraryTab:
             editor = _editor()
         with gr.Column(elem_classes="main"):
             cards = gr.HTML(elem_id="cards", js_on_load=CLICKS)
-    _bind(services, page, files, said, onward, cards, chosen, editor)
-    return LibraryTab(cards, onward)
+    handlers = _Handlers(services)
+    _bind(handlers, page, files, said, onward, cards, chosen, editor)
+    return LibraryTab(cards, onward, chosen, handlers.cards)
 
 
 def _editor() -> Editor:
@@ -106,7 +109,7 @@ def _editor() -> Editor:
 
 
 def _bind(
-    services: Services,
+    handlers: _Handlers,
     page: gr.Blocks,
     files: gr.File,
     said: gr.HTML,
@@ -115,7 +118,6 @@ def _bind(
     chosen: gr.State,
     editor: Editor,
 ) -> None:
-    handlers = _Handlers(services)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     page.load(handlers.cards, chosen, cards, **quiet)
     files.upload(handlers.upload, [files, chosen], [files, said, cards, chosen, onward], api_visibility="private").then(

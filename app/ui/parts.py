@@ -9,8 +9,9 @@ from pathlib import Path
 
 from app.pictures import thumbnail_uri
 from app.records import Entry
+from app.settings import Settings
 
-__all__ = ["block", "card", "chip", "empty", "face", "masthead", "note"]
+__all__ = ["base_choices", "block", "card", "chip", "empty", "face", "masthead", "note"]
 
 CLICKS = """
 element.addEventListener('click', (event) => {
@@ -64,6 +65,13 @@ def note(text: str, kind: str = "", strong: str = "") -> str:
 def notes(items: Iterable[str]) -> str:
     """Several boxes below each other."""
     return block(f'<div class="notes">{"".join(items)}</div>')
+
+
+def base_choices(settings: Settings) -> list[tuple[str, str]]:
+    """The bases that may be chosen: (title, name)."""
+    from mole_diffusion.bases import BASES
+
+    return [(BASES.get(name, Path(name).name), name) for name in settings.base_names]
 
 
 def empty(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -13,13 +13,17 @@ from app.jobs import GateRecipe
 from app.services import Services, owner_of
 from app.ui.errors import guarded
 from app.ui.job_views import curve, head, job_list, log_html, samples
-from app.ui.parts import CLICKS, block, empty, note, notes
+from app.ui.parts import CLICKS, base_choices, block, empty, note, notes
+from app.ui.train_subject import subject_form
+from training.jobs.states import TERMINAL
 
 __all__ = ["TrainTab", "train_tab"]
 
 POLL = 1.0
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 POLLING: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+SURE = "(job) => confirm('Remove this job with its pictures and gates? A subject in the library stays.') ? job : ''"
+KINDS = [("Gates for subjects", "gates"), ("A new subject", "subject")]
 SCOPES = [("Each place of the picture", "token"), ("The whole picture", "sample")]
 
 
@@ -53,12 +57,17 @@ class Detail:
     log_box: gr.Accordion
     log: gr.HTML
     use: gr.Button
+    resume: gr.Button
+    pause: gr.Button
+    sample: gr.Button
     cancel: gr.Button
+    remove: gr.Button
 
     @property
     def all(self) -> list[Any]:
-        """Every part, in the order of ``_Handlers.detail``."""
-        return [self.head, self.curve, self.samples, self.log_box, self.log, self.use, self.cancel]
+        """Every part, in the order in which ``_Handlers.poll`` gives them."""
+        buttons = [self.use, self.resume, self.pause, self.sample, self.cancel, self.remove]
+        return [self.head, self.curve, self.samples, self.log_box, self.log, *buttons]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,13 @@ def train_tab(services: Services, page: gr.Blocks) -> TrainTab:
     chosen, seen, touched, timer = gr.State(""), gr.State({}), gr.State(False), gr.Timer(POLL)
     with gr.Row(elem_classes="split"):
         with gr.Column(elem_classes="side"):
-            controls = _controls(services)
+            kind = gr.Radio(
+                label="What to train", choices=KINDS, value="gates", elem_classes="pills", elem_id="train-kind"
+            )
+            with gr.Column(elem_id="gates-form") as gates_box:
+                controls = _controls(services)
+            with gr.Column(visible=False, elem_id="subject-form") as subject_box:
+                form = subject_form(services)
         with gr.Column(elem_classes="main"):
             jobs = gr.HTML(elem_id="jobs", js_on_load=CLICKS)
             detail = _detail()
@@ -103,6 +118,19 @@ def train_tab(services: Services, page: gr.Blocks) -> TrainTab:
     controls.go.click(handlers.start, controls.recipe, chosen, **QUIET).then(
         handlers.poll, [chosen, seen], polled, **QUIET
     )
+    kind.change(
+        lambda value: [gr.update(visible=value == "gates"), gr.update(visible=value == "subject")],
+        kind, [gates_box, subject_box], **QUIET,
+    )  # fmt: skip
+    started = [chosen, form.said, form.pictures, form.strip]
+    form.go.click(form.start, form.fields, started, **QUIET).then(
+        handlers.poll, [chosen, seen], polled, **QUIET
+    )
+    for button, action in (
+        (detail.pause, handlers.pause), (detail.resume, handlers.resume), (detail.sample, handlers.sample),
+    ):  # fmt: skip
+        button.click(action, chosen, None, **QUIET)
+    detail.remove.click(handlers.remove, chosen, None, js=SURE, **QUIET)
     jobs.click(handlers.choose, None, chosen, **QUIET).then(handlers.poll, [chosen, seen], polled, **QUIET)
     detail.cancel.click(handlers.cancel, chosen, None, **QUIET)
     timer.tick(handlers.poll, [chosen, seen], polled, **POLLING)
@@ -117,10 +145,7 @@ def train_tab(services: Services, page: gr.Blocks) -> TrainTab:
 
 
 def _controls(services: Services) -> Controls:
-    from mole_diffusion.bases import BASES
-
     blocked = services.jobs.blocked
-    names = services.settings.base_names
     if blocked:
         gr.HTML(notes([note(blocked, "warn")]))
     subjects = gr.CheckboxGroup(
@@ -131,7 +156,7 @@ def _controls(services: Services) -> Controls:
     with gr.Accordion("Advanced", open=False, elem_classes="fold", elem_id="train-advanced"):
         base = gr.Dropdown(
             label="Base",
-            choices=[(BASES.get(name, Path(name).name), name) for name in names],
+            choices=base_choices(services.settings),
             value=services.settings.base,
             filterable=False,
         )
@@ -149,12 +174,16 @@ def _detail() -> Detail:
     top = gr.HTML(elem_id="job-head")
     with gr.Row(elem_classes="actions", elem_id="job-actions"):
         use = gr.Button("Generate with it", variant="primary", visible=False, size="md", elem_id="use-gates")
+        resume = gr.Button("Go on", variant="primary", visible=False, size="md", min_width=90, elem_id="resume-job")
+        pause = gr.Button("Pause", visible=False, size="md", min_width=90, elem_id="pause-job")
+        sample = gr.Button("Picture now", visible=False, size="md", min_width=110, elem_id="sample-job")
         cancel = gr.Button("Cancel", variant="stop", visible=False, size="md", elem_id="cancel-job")
+        remove = gr.Button("Remove", visible=False, size="md", min_width=90, elem_id="remove-job")
     line = gr.HTML(elem_id="job-curve")
     pictures = gr.HTML(elem_id="job-samples")
     with gr.Accordion("Log", open=False, visible=False, elem_classes="fold") as box:
         log = gr.HTML(elem_id="job-log")
-    return Detail(top, line, pictures, box, log, use, cancel)
+    return Detail(top, line, pictures, box, log, use, resume, pause, sample, cancel, remove)
 
 
 class _Handlers:
@@ -208,6 +237,31 @@ class _Handlers:
         gr.Info("The job stops after the step it is at.", title="", duration=4)
 
     @guarded
+    def pause(self, chosen: str, request: gr.Request) -> None:
+        """Ask the chosen job to free the device until it goes on."""
+        self._services.jobs.pause(chosen, self._owner(request))
+        gr.Info("The job pauses after the step it is at.", title="", duration=4)
+
+    @guarded
+    def resume(self, chosen: str, request: gr.Request) -> None:
+        """Go on with a paused, cancelled or failed job from its last checkpoint."""
+        owner = self._owner(request)
+        failed = self._services.jobs.made(chosen, owner)[0].state == "failed"
+        (self._services.jobs.retry if failed else self._services.jobs.resume)(chosen, owner)
+
+    @guarded
+    def remove(self, chosen: str, request: gr.Request) -> None:
+        """Forget the chosen job, where the visitor said so once more."""
+        if chosen:
+            self._services.jobs.remove(chosen, self._owner(request))
+
+    @guarded
+    def sample(self, chosen: str, request: gr.Request) -> None:
+        """Ask the chosen job for a picture."""
+        self._services.jobs.sample_now(chosen, self._owner(request))
+        gr.Info("A picture comes after the step it is at.", title="", duration=4)
+
+    @guarded
     def picked(self, chosen: str, request: gr.Request) -> tuple[str, list[str], str]:
         """Base, experts and composition file of the chosen job."""
         job, path = self._services.jobs.made(chosen, self._owner(request))
@@ -217,13 +271,16 @@ class _Handlers:
     def poll(self, chosen: str, seen: dict[str, int], request: gr.Request) -> list[Any]:
         """Draw what has changed since the page last looked."""
         owner = self._owner(request)
+        for name in self._services.subjects.collect(owner):
+            gr.Info(f"{escape(name)} is in the library now.", title="", duration=6)
         jobs = self._services.jobs.list(owner)
         if not jobs:
-            parts: Sequence[Any] = [empty("No training yet. Gates for two subjects are learned in the background.")]
-            return ["", *_changed(seen, [*parts, "", "", "", False, "", False, False])]
+            parts: Sequence[Any] = [empty("No training yet. Gates and subjects are learned in the background.")]
+            return ["", *_changed(seen, [*parts, "", "", "", False, "", *[False] * 6])]
         chosen = chosen if any(job.id == chosen for job in jobs) else jobs[0].id
         view = self._services.jobs.view(chosen, owner)
-        running = view.job.state in ("queued", "running")
+        state, busy = view.job.state, view.job.state == "running" and not view.job.cancel and not view.job.pause
+        waits = state in ("queued", "running", "paused") and not view.job.cancel
         parts = [
             job_list(jobs, chosen),
             head(view),
@@ -231,8 +288,12 @@ class _Handlers:
             samples(view),
             bool(view.log),
             log_html(view),
-            view.job.state == "finished",
-            running and not view.job.cancel,
+            state == "finished" and view.job.kind == "gate",
+            state in ("paused", "cancelled", "failed"),
+            busy,
+            busy and view.job.step > 0,
+            waits,
+            state in TERMINAL,
         ]
         return [chosen, *_changed(seen, parts)]
 

@@ -15,6 +15,7 @@ from mole_diffusion.errors import InvalidRequest
 if TYPE_CHECKING:
     from mole_diffusion.bases.base import Base
     from mole_diffusion.experts import Expert
+    from mole_diffusion.gates.config import AnyGate
     from mole_diffusion.generation import GenerationRequest, GenerationResult, StepEvent
 
 
@@ -39,6 +40,7 @@ class GenerateArguments:
     scores: bool
     weights: Sequence[float] | None = None
     regions: Sequence[str] = ()
+    router: Path | None = None
 
 
 def run_generate(arguments: GenerateArguments, on_step: Callable[[StepEvent], None] | None = None) -> dict[str, Any]:
@@ -50,12 +52,16 @@ def run_generate(arguments: GenerateArguments, on_step: Callable[[StepEvent], No
         )
     if arguments.composition is not None and not arguments.composition.is_file():
         raise InvalidRequest(f"Expected a composition at {arguments.composition}, found none.")
+    if arguments.router is not None and (arguments.composition is not None or method is not None):
+        raise InvalidRequest("A router weighs the experts itself: give it without --composition, --method, --weights.")
     base = get_base(arguments.base)
     request = _request(arguments, base)
     base.latent_shape(request.height, request.width)
     regions = parse_regions(arguments.regions)
     experts = load_experts(arguments.experts, base)
     chosen = None if method is None else choose(experts, method, arguments.weights)
+    if arguments.router is not None:
+        chosen, method = _routed(experts, arguments.router, base), f"router {arguments.router.name}"
     check_regions(regions, method, bool(experts or arguments.composition))
 
     from mole_diffusion.bases.device import choose_placement
@@ -72,6 +78,14 @@ def run_generate(arguments: GenerateArguments, on_step: Callable[[StepEvent], No
     place(composition, regions)
     result = generate(pipe, base, request, composition=composition, scorer=scorer, on_step=on_step)
     return _save(result, _record(arguments, method, regions, experts), arguments.out, placement.reason)
+
+
+def _routed(experts: Sequence[Expert], file: Path, base: Base) -> tuple[list[Expert], AnyGate]:
+    from mole_diffusion.gates.router_file import load_router
+
+    if not any(expert.role != "accelerator" for expert in experts):
+        raise InvalidRequest("A router weighs experts: name them with --expert.")
+    return list(experts), load_router(file, base)
 
 
 def _record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
     """Write beside the target, then rename over it."""
     from safetensors.torch import save
 
-    data = save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, dict(metadata) or None)
+    data = _ordered(save({key: tensor.detach().cpu() for key, tensor in tensors.items()}, dict(metadata) or None))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -86,6 +87,18 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _ordered(data: bytes) -> bytes:
+    """The file with its metadata sorted: safetensors shuffles them, and equal content should have equal hashes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if "__metadata__" not in header:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _diffusers(modules: Mapping[str, LowRank]) -> dict[str, Tensor]:

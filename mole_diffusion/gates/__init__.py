@@ -18,7 +18,8 @@ from mole_diffusion.gates.config import (
 )
 from mole_diffusion.gates.learned import LearnedGates
 from mole_diffusion.gates.protocol import BlockSpec, Gate, Run, Sight
-from mole_diffusion.gates.router import RouterGates
+from mole_diffusion.gates.router import RouterGates, TrainedRouter
+from mole_diffusion.gates.router_file import load_router, save_router
 from mole_diffusion.gates.schedule import ScheduleGate
 from mole_diffusion.gates.span import SpanGate
 from mole_diffusion.gates.static import StaticGate
@@ -41,8 +42,11 @@ __all__ = [
     "SpanGate",
     "StaticGate",
     "StaticWeights",
+    "TrainedRouter",
     "TriggerSpans",
     "learned_static",
+    "load_router",
     "nla",
+    "save_router",
     "weighted_sum",
 ]

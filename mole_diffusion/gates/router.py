@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole_diffusion.errors import BaseMismatch
 from mole_diffusion.functional import router_logits, softmax_gate
 from mole_diffusion.gates.block import pooled
 from mole_diffusion.gates.config import RouterConfig
@@ -32,6 +34,22 @@ class Router(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
 
+class TrainedRouter(RouterConfig):
+    """A router that has learned, as settings: any experts may be composed with it, ``compose(…, gate=router)``.
+
+    Modules that it was not trained on start at NLA.
+
+    Attributes:
+        tensors: those of :class:`RouterGates`, by name.
+    """
+
+    def __init__(self, config: RouterConfig, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(**asdict(config))
+        object.__setattr__(self, "tensors", dict(tensors))  # no field: settings in files stay settings
+
+    tensors: dict[str, Tensor]
+
+
 class RouterGates(nn.Module):
     """Routers of all modules; see :class:`mole_diffusion.gates.RouterConfig`.
 
@@ -43,7 +61,11 @@ class RouterGates(nn.Module):
     total: Total = "share"
 
     def __init__(self, sizes: Mapping[str, tuple[int, int]], config: RouterConfig) -> None:
-        """``sizes``: module path → (input channels, output channels)."""
+        """``sizes``: module path → (input channels, output channels).
+
+        Raises:
+            BaseMismatch: a trained router learned on modules of other sizes, or on none of these.
+        """
         super().__init__()
         self.config = config
         self.guidance_rows = config.guidance_rows
@@ -51,6 +73,8 @@ class RouterGates(nn.Module):
         self.routers = nn.ModuleDict(
             {path.replace(".", "/"): Router(d_in, d_out, config) for path, (d_in, d_out) in sizes.items()}
         )
+        if isinstance(config, TrainedRouter):
+            self._take(config.tensors)
 
     def image(self, block: BlockSpec, sight: Sight | None, run: Run) -> Tensor | None:
         """(B, L or 1, N): per place, as in the paper."""
@@ -75,6 +99,26 @@ class RouterGates(nn.Module):
     def static(self, block: BlockSpec, mask: Tensor) -> Tensor | None:
         """A router looks at its input."""
         return None
+
+    def borrow(self, other: RouterGates) -> None:
+        """Route with the routers of ``other``, module for module: what they learn here they have learned there."""
+        for path in self.routers:
+            self.routers[path] = other.routers[path]
+
+    @torch.no_grad()
+    def _take(self, trained: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.named_parameters():
+            value = trained.get(name)
+            if value is None:
+                continue
+            if value.shape != parameter.shape:
+                raise BaseMismatch(
+                    f"The router learned on another base: at {name} it has the shape {tuple(value.shape)}, here it "
+                    f"needs {tuple(parameter.shape)}."
+                )
+            parameter.copy_(value)
+        if not trained.keys() & dict(self.named_parameters()).keys():
+            raise BaseMismatch("The router learned on another base: it knows none of the modules of these experts.")
 
     def _route(self, block: BlockSpec, sight: Sight, run: Run) -> Tensor:
         router, down, bank = self.routers[block.name.replace(".", "/")], sight.down, sight.bank

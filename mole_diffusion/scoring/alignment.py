@@ -62,7 +62,9 @@ class AlignmentScorer:
         missing = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if missing:
             with torch.no_grad():
-                vectors = self.model.encode_text(self._tokenizer(missing).to(self.device)).float()
+                # One by one: in a batch the last bits of a vector would depend on what else was asked for.
+                rows = [self.model.encode_text(self._tokenizer([text]).to(self.device)) for text in missing]
+                vectors = torch.cat(rows).float()
             self._texts.update(zip(missing, F.normalize(vectors, dim=-1), strict=True))
         found = torch.stack([self._texts[text] for text in texts])
         while len(self._texts) > _REMEMBERED_TEXTS:
@@ -81,12 +83,23 @@ def _load(source: str, label: str) -> tuple[Any, Any]:
         name, tag = source, None
     else:
         name, _, tag = source.partition(":")
+        _check_listed(name, tag, source)
     import open_clip
 
     try:
         return open_clip.create_model(name, pretrained=tag or None), open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
         raise _unreadable(source, label) from error
+
+
+def _check_listed(name: str, tag: str, source: str) -> None:
+    """open_clip would start at random without a tag, and read any file of the tag's name, pickles too."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    if not tag or not get_pretrained_cfg(name.replace("/", "-"), tag):
+        raise InvalidRequest(
+            f"{source!r} is no image-text model with weights: give local-dir:<folder>, or <model>:<tag> of open_clip."
+        )
 
 
 def _check_folder(folder: Path, label: str) -> None:

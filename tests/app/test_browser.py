@@ -210,6 +210,34 @@ def test_two_uploads_are_trained_and_generated_through_a_reload(visit: Open, sit
     keep(page, "composed-desktop")
 
 
+def test_a_new_subject_is_trained_paused_and_joins_the_library(visit: Open, site: Site, tmp_path: Path) -> None:
+    page = visit(DESKTOP)
+    tab(page, "Train")
+    page.locator("#train-kind label", has_text="A new subject").click()
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, path in enumerate(paths):
+        cut_out("#d02020", turn=20.0 * number).save(path)
+    page.locator("#subject-pictures input[type=file]").set_input_files([str(path) for path in paths])
+    expect(page.locator("#subject-strip img")).to_have_count(4)
+    page.locator("#subject-token input").fill("qvx")
+    page.locator("#subject-class input").fill("cup")
+    page.locator("#subject-advanced").get_by_text("Advanced", exact=True).click()
+    page.locator("#subject-steps input").fill("60")
+    page.locator("#subject-steps input").press("Tab")
+    keep(page, "new-subject-desktop")
+    page.locator("#train-subject").click()
+    page.locator("#pause-job").click()
+    expect(page.locator("#job-head")).to_contain_text("it can go on from there")
+    keep(page, "paused-desktop")
+    page.locator("#resume-job").click()
+    expect(page.locator("#job-head")).to_contain_text("The subject is in the library")
+    keep(page, "new-subject-trained-desktop")
+    tab(page, "Library")
+    expect(page.locator("#cards .card", has_text="qvx cup")).to_be_visible()
+    entry = next(entry for entry in site.services.library.entries() if entry.trigger == "qvx cup")
+    assert len(entry.views) == 4
+
+
 def add_views(page: Page, name: str, colour: str, folder: Path) -> None:
     paths = [folder / f"{colour}-{index}.png" for index in range(3)]
     for index, path in enumerate(paths):
@@ -235,6 +263,9 @@ def test_the_page_fits_a_phone(visit: Open, scheme: str) -> None:
     tab(page, "Train")
     page.locator("#train-advanced").get_by_text("Advanced", exact=True).click()
     keep(page, f"train-phone-{scheme}")
+    page.locator("#train-kind label", has_text="A new subject").click()
+    page.locator("#train-subject").wait_for()
+    keep(page, f"new-subject-phone-{scheme}")
 
 
 def test_a_picture_can_be_stopped(visit: Open, site: Site) -> None:

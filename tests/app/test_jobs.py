@@ -16,7 +16,8 @@ from app.ui import generate, train
 from app.ui.job_views import curve, head, job_list
 from mole_diffusion.errors import InvalidRequest
 from tests.app.conftest import Files
-from training.jobs.store import Job, JobEvent, JobStore
+from training.jobs.limits import Limits
+from training.jobs.store import Job, JobEvent, JobStore, Requests
 
 
 @pytest.fixture
@@ -101,6 +102,61 @@ def test_jobs_belong_to_their_visitor(services: Services, files: Files) -> None:
     assert services.jobs.view(job, "ann").job.state == "cancelled"
 
 
+def test_a_job_is_paused_resumed_and_retried_by_its_visitor_alone(services: Services, store: JobStore) -> None:
+    jobs = services.jobs
+    job = jobs.train_gates("demo", demo(services), GateRecipe(), owner="ann")
+    for ask in (jobs.pause, jobs.resume, jobs.retry, jobs.save_now, jobs.sample_now):
+        with pytest.raises(InvalidRequest, match="no such job"):
+            ask(job, "bob")
+    store.claim()
+    jobs.save_now(job, "ann")
+    jobs.sample_now(job, "ann")
+    jobs.pause(job, "ann")
+    assert store.requests(job) == Requests(cancel=False, pause=True, save=True, sample=True)
+    store.set_state(job, "paused")
+    jobs.resume(job, "ann")
+    store.claim()
+    store.set_state(job, "failed", reason="The disk is full.")
+    jobs.retry(job, "ann")
+    assert jobs.view(job, "ann").job.state == "queued"
+
+
+def test_a_visitor_has_so_many_jobs_at_most(services: Services, store: JobStore) -> None:
+    from training.jobs.worker import Worker
+
+    folder = services.settings.data_dir
+    jobs = JobService(store, Worker(store, folder), services.library, folder, limits=Limits(jobs_per_owner=1))
+    first = jobs.train_gates("demo", demo(services), GateRecipe(), owner="ann")
+    with pytest.raises(InvalidRequest, match="At most 1 job of yours"):
+        jobs.train_gates("demo", demo(services), GateRecipe(), owner="ann")
+    jobs.cancel(first, "ann")
+    jobs.train_gates("demo", demo(services), GateRecipe(), owner="ann")
+    with pytest.raises(InvalidRequest, match="At most 1 job of yours"):
+        jobs.resume(first, "ann")
+
+
+def test_a_subject_is_queued_as_the_trainer_takes_it(services: Services, store: JobStore) -> None:
+    from training.config import parse
+    from training.tasks.subject_config import SubjectConfig
+
+    images = services.settings.data_dir / "subjects" / "upload"
+    images.mkdir(parents=True)
+    settings = {"base": "sdxl", "token": "zwx", "class": "robot", "adapter": "moslora", "rank": 6, "steps": 20}
+    job = store.get(services.jobs.train_subject(settings, images, "8gb", owner="ann"))
+    assert (job.kind, job.owner, job.title, job.total) == ("subject", "ann", "zwx robot", 20)
+    assert job.config["images"] == "subjects/upload"
+    config = parse(SubjectConfig, {name: value for name, value in job.config.items() if name != "images"})
+    assert config == SubjectConfig.of("8gb", **settings) and (config.rank, config.resolution) == (6, 512)
+    for change, folder, preset, words in (
+        ({"rank": 0}, images, None, "rank"),
+        ({"colour": "red"}, images, None, "Unknown setting"),
+        ({}, images.parent.parent.parent, None, "folder of pictures"),
+        ({}, images, "3gb", "preset"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            services.jobs.train_subject({**settings, **change}, folder, preset)
+
+
 def test_a_running_job_is_drawn_from_the_database(services: Services, store: JobStore) -> None:
     job = services.jobs.train_gates("demo", demo(services), GateRecipe(steps=100))
     assert "Waits for its turn" in head(services.jobs.view(job))
@@ -148,7 +204,7 @@ def test_the_pace_is_that_of_earlier_jobs(services: Services, store: JobStore) -
 
 def test_a_long_curve_is_drawn_with_few_points() -> None:
     many = [(step, 1 / step) for step in range(1, 20_001)]
-    assert curve(JobView(_job(total=20_000), many, many, [], "", None)).count("L") < 3 * 500
+    assert curve(JobView(_job(total=20_000), many, many, [], [], "", None)).count("L") < 3 * 500
 
 
 def _job(total: int) -> Job:

@@ -21,7 +21,7 @@ from training.jobs.store import JobStore
 from training.jobs.worker import Worker
 
 
-@pytest.mark.parametrize("command", ["subject", "gate", "run-job", "worker"])
+@pytest.mark.parametrize("command", ["subject", "gate", "router", "jobs", "run-job", "worker"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])

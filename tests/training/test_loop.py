@@ -1,7 +1,8 @@
-"""The loop: resume, stop, commands, checkpoints that were damaged, losses that are no numbers."""
+"""The loop: resume, stop, pause, commands, damaged checkpoints, early ends, losses that are no numbers, full memory."""
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from mole_diffusion.errors import InvalidRequest
-from training.checkpoint import checkpoints, load_latest, save_checkpoint
+from training.checkpoint import checkpoints
 from training.control import Commands
 from training.errors import TrainingFailed
-from training.events import Failed, Finished, LogLine, MemorySink, Progress, Sample, Saved
+from training.events import Failed, Finished, LogLine, MemorySink, Progress, Sample, Saved, SinkGroup
 from training.loop import Schedule, run
 
 
@@ -22,8 +23,8 @@ class Walk:
 
     name = "walk"
 
-    def __init__(self, steps: int = 12, nan_at: int = -1) -> None:
-        self.total_steps, self.nan_at = steps, nan_at
+    def __init__(self, steps: int = 12, nan_at: int = -1, enough_at: int = -1) -> None:
+        self.total_steps, self.nan_at, self.enough_at, self.done = steps, nan_at, enough_at, 0
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
@@ -36,15 +37,17 @@ class Walk:
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
+        self.done += 1
         return {"loss": loss.item(), "extra": 1.0}
 
     def enough(self) -> bool:
-        return False
+        return self.done == self.enough_at
 
     def state_dict(self) -> dict:
-        return {"layer": self.layer.state_dict(), "optimiser": self.optimiser.state_dict()}
+        return {"layer": self.layer.state_dict(), "optimiser": self.optimiser.state_dict(), "done": self.done}
 
     def load_state_dict(self, state: dict) -> None:
+        self.done = state["done"]
         self.layer.load_state_dict(state["layer"])
         self.optimiser.load_state_dict(state["optimiser"])
 
@@ -120,34 +123,6 @@ def test_new_run_forgets_the_checkpoints_of_an_older_one(tmp_path: Path) -> None
     assert sink.of(Progress)[0].step == 4
 
 
-@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
-def test_missing_or_empty_part_is_skipped(tmp_path: Path, name: str) -> None:
-    save_checkpoint(tmp_path, 1, {"a": torch.ones(2)})
-    save_checkpoint(tmp_path, 2, {"a": torch.zeros(2)})
-    (tmp_path / "step-00000002" / name).write_bytes(b"")
-    step, state, skipped = load_latest(tmp_path)
-    assert step == 1 and torch.equal(state["a"], torch.ones(2)) and len(skipped) == 1
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
-    assert (tmp_path / "damaged-step-00000002").is_dir()
-
-
-def test_checkpoint_keeps_kinds_and_two_newest(tmp_path: Path) -> None:
-    state = {"a": [1, 2.5, None, "x", True], "b": (torch.arange(3), {0: torch.tensor(1.0, dtype=torch.bfloat16)})}
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, state)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    step, loaded, _ = load_latest(tmp_path)
-    assert step == 3 and loaded["a"] == state["a"] and isinstance(loaded["b"], tuple)
-    assert torch.equal(loaded["b"][0], torch.arange(3)) and loaded["b"][1][0].dtype == torch.bfloat16
-
-
-def test_checkpoint_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="object"):
-        save_checkpoint(tmp_path, 1, {"a": object()})
-    assert load_latest(tmp_path)[0] == 0
-
-
 def test_loss_that_is_no_number_fails_with_a_sentence(tmp_path: Path) -> None:
     sink = MemorySink()
     with pytest.raises(TrainingFailed, match="lower learning rate"):
@@ -169,6 +144,61 @@ def test_commands_save_and_sample_once(tmp_path: Path) -> None:
 def test_samples_at_start_end_and_between(tmp_path: Path) -> None:
     _, sink = train(Walk(), tmp_path, schedule=Schedule(sample_every=5))
     assert [event.step for event in sink.of(Sample)] == [0, 5, 10, 12]
+
+
+def test_paused_run_ends_with_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    whole, control = Walk(), Commands()
+    train(whole, tmp_path / "whole")
+    control.pause = True
+    outcome, sink = train(Walk(), tmp_path / "parts", control)
+    assert (outcome.status, outcome.step) == ("paused", 0) and [event.step for event in sink.of(Saved)] == [0]
+    control.pause, control.stop = True, True
+    outcome, sink = train(Walk(), tmp_path / "parts", control)
+    assert outcome.status == "stopped"  # who cancels does not want it to go on
+    resumed = Walk()
+    outcome, _ = train(resumed, tmp_path / "parts")
+    assert outcome.status == "finished" and torch.equal(whole.layer.weight, resumed.layer.weight)
+
+
+def test_ends_early_where_the_task_has_enough(tmp_path: Path) -> None:
+    outcome, sink = train(Walk(enough_at=5), tmp_path, schedule=Schedule(sample_every=3))
+    assert (outcome.status, outcome.step) == ("finished", 5)
+    assert [event.step for event in sink.of(Sample)] == [0, 3, 5] and [event.step for event in sink.of(Saved)] == [5]
+    again, sink = train(Walk(enough_at=5), tmp_path)
+    assert again.step == 5 and not sink.of(Progress)  # what made it enough was in the checkpoint
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "too little memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+    ],
+)
+def test_full_memory_and_disk_are_sentences(error: Exception, words: str, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    task, sink = Walk(steps=2), MemorySink()
+    task.finish = fail  # type: ignore[method-assign,assignment]
+    with pytest.raises(TrainingFailed, match=words):
+        run(task, sink, Commands(), tmp_path / "c", out=tmp_path / "out")
+    assert words in sink.of(Failed)[0].reason
+    task = Walk(steps=2)
+    task.sample = fail  # type: ignore[method-assign,assignment]
+    outcome, sink = train(task, tmp_path / "pictures", schedule=Schedule(sample_every=1))
+    assert outcome.status == "finished"  # a picture is no reason to lose a training
+    assert all(words in line.text for line in sink.of(LogLine)) and len(sink.of(LogLine)) == 3
+
+
+def test_sinks_hear_everything_in_order() -> None:
+    one, two = MemorySink(), MemorySink()
+    group = SinkGroup(one, two)
+    group.emit(LogLine("a"))
+    group.emit(Saved(1))
+    assert one.events == two.events == [LogLine("a"), Saved(1)]
+    SinkGroup().emit(Saved(2))  # nobody listens
 
 
 def test_schedule_out_of_range() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mole_diffusion.errors import InvalidRequest
 from tests.tiny import cut_out
 from training.data.augment import augment
-from training.data.pictures import Limits, has_mask, read_picture, read_pictures
+from training.data.duplicates import difference_hash, near_duplicates
+from training.data.pictures import Limits, check_pictures, has_mask, read_picture, read_pictures
 from training.data.views import _columns
 
 
@@ -77,6 +79,58 @@ def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
         read_picture(tmp_path / "bomb.png")
 
 
+def test_a_huge_picture_is_refused_without_decoding_it(tmp_path: Path) -> None:
+    side, row = 20_000, b"\0" * 2501  # one bit a pixel: 50 MB as rows, 1.2 GB as RGB
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(row * side, 1))]
+    data = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in [*chunks, (b"IEND", b"")]
+    )
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidRequest, match=r"(cannot be read|too many pixels)"):
+        read_picture(tmp_path / "huge.png")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+def test_corrupt_jpeg_and_500_pictures(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InvalidRequest, match=r"a\.jpg cannot be read as a picture"):
+        check_pictures(tmp_path)
+    for number in range(500):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    with pytest.raises(InvalidRequest, match="501 pictures; keep at most 200"):
+        check_pictures(tmp_path)
+
+
+def test_large_pictures_are_kept_no_larger_than_training_needs(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 60)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", Limits(kept_side=40)).size == (60, 40)
+
+
+def test_owners_are_told_of_duplicates_and_counts(tmp_path: Path) -> None:
+    noise = Image.effect_noise((12, 12), 90).resize((96, 96), Image.Resampling.BICUBIC)
+    noise.convert("RGB").save(tmp_path / "a.png")
+    noise.convert("RGB").save(tmp_path / "b.jpg", quality=60)
+    noise.rotate(90).convert("RGB").save(tmp_path / "c.png")
+    found = check_pictures(tmp_path)
+    assert found.names == ("a.png", "b.jpg", "c.png") and len(found.pictures) == 3
+    assert found.warnings == (
+        "3 pictures were given; 4 to 20 different ones usually serve best.",
+        "a.png, b.jpg are nearly the same picture: keep one of them.",
+    )
+    noise.rotate(180).convert("RGB").save(tmp_path / "d.png")
+    assert len(check_pictures(tmp_path).warnings) == 1
+
+
+def test_difference_hash_is_that_of_its_definition() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(9, dtype=np.uint8) * 20, (8, 1)))
+    assert difference_hash(ramp) == 0 and difference_hash(ImageOps.mirror(ramp)) == 2**64 - 1
+    assert near_duplicates([ramp, ImageOps.mirror(ramp), ramp]) == [(0, 2)]
+
+
 def test_cutouts_are_augmented_on_backgrounds_named_in_captions() -> None:
     made = [augment(cut_out("red"), "zwx robot", 64, np.random.default_rng(n)) for n in range(40)]
     captions = {item.caption for item in made}
@@ -110,8 +164,19 @@ def test_photos_are_cropped_and_mirrored_only_if_allowed() -> None:
     plain = [augment(photo, "zwx mug", 32, np.random.default_rng(n), flip=False) for n in range(8)]
     assert all(item.picture[:, :, -1].min() == 1 for item in plain)
     assert plain[0].caption == "a photo of a zwx mug"
-    mirrored = [augment(photo, "zwx mug", 32, np.random.default_rng(n)).picture[0, 0, 0].item() for n in range(16)]
-    assert {0.0, 1.0} == set(mirrored)
+    mirrored = [augment(photo, "zwx mug", 32, np.random.default_rng(n), flip=True) for n in range(16)]
+    assert {0.0, 1.0} == {item.picture[0, 0, 0].item() for item in mirrored}
+
+
+def test_nothing_is_mirrored_unless_it_is_asked_for() -> None:
+    written = Image.new("RGBA", (64, 64), "#00ffff")  # no background has these two colours
+    written.paste("#ff00ff", (32, 0, 64, 64))
+    written.putpixel((0, 0), (0, 0, 0, 0))
+    for seed in range(12):
+        red, green, blue = augment(written, "zwx sign", 64, np.random.default_rng(seed)).picture
+        left = ((red < 0.1) & (green > 0.9) & (blue > 0.9)).nonzero()[:, 1].float().mean()
+        right = ((red > 0.9) & (green < 0.1) & (blue > 0.9)).nonzero()[:, 1].float().mean()
+        assert left < right
 
 
 def test_half_of_a_picture_counts_as_much_as_a_whole_one() -> None:

@@ -7,17 +7,20 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole_diffusion.errors import InvalidRequest
 from training.config import parse
 from training.control import Commands
-from training.events import Event, Failed, LogLine, Progress, Sample
+from training.events import Event, Failed, LogLine, Progress, Sample, Sink, SinkGroup
 
 if TYPE_CHECKING:  # torch is imported only by the commands that need it: --help and the worker are light
     from training.loop import Outcome, Task
+    from training.metrics import TrackerSink
+    from training.ranks import Ranks
 
 
 class TerminalSink:
@@ -33,8 +36,7 @@ class TerminalSink:
         elif isinstance(event, LogLine):
             self._line(event.text)
         elif isinstance(event, Sample):
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
-            self._line(f"Step {event.step}: {event.path}{f' ({scores})' if scores else ''}")
+            self._line(f"Step {event.step}: {event.path}{_scores(event)}")
         elif isinstance(event, Failed):
             self.close()
 
@@ -61,6 +63,17 @@ class TerminalSink:
         sys.stderr.write(f"{text}\n")
 
 
+def _scores(sample: Sample) -> str:
+    """ " (alignment: prompt 0.301, robot 0.285; identity: robot 0.712; by demo CLIP, EfficientNet-Lite0)"."""
+    kinds = {"alignment": sample.scores, "identity": sample.identity}
+    parts = [
+        f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        for kind, scores in kinds.items()
+        if scores
+    ]
+    return f" ({'; '.join([*parts, 'by ' + ', '.join(sample.scorers)])})" if parts else ""
+
+
 def add_common(parser: argparse.ArgumentParser, steps: str, rate: str) -> None:
     parser.add_argument("--base", default="demo", help="demo, sd21, sd21-base, sdxl, or a pipeline folder")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
@@ -73,6 +86,7 @@ def add_common(parser: argparse.ArgumentParser, steps: str, rate: str) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default the best there is")
     parser.add_argument("--sample-every", type=int, default=0, help="steps between sample pictures; default none")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; default 100")
+    parser.add_argument("--log-with", choices=["tensorboard", "wandb"], help="draw curves of loss and scores there too")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints beside --out")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -89,24 +103,66 @@ def work_folder(out: Path) -> Path:
 
 
 def train(args: argparse.Namespace, build: Callable[[Callable[[str], None]], Task]) -> int:
-    """Run a task on this terminal: Ctrl-C writes a checkpoint and stops, ``--resume`` goes on."""
-    if args.device:
-        os.environ["MOLE_DEVICE"] = args.device
+    """Run a task on this terminal: Ctrl-C writes a checkpoint and stops, ``--resume`` goes on.
+
+    Under ``accelerate launch`` or torchrun the processes train together; ``build`` then makes the task of this one
+    (``Ranks.here()`` tells which) on MOLE_DEVICE, and only the first process says anything.
+    """
     from training.loop import Schedule, run
 
     if args.out.suffix != ".safetensors":
         raise InvalidRequest(f"--out is a .safetensors file, not {args.out.name!r}.")
-    sink, control, work = TerminalSink(), Commands(), work_folder(args.out)
+    ranks, control, work = _ranks(args.device), Commands(), work_folder(args.out)
     schedule = parse(Schedule, {"save_every": args.save_every, "sample_every": args.sample_every})
-    task = build(lambda text: sink.emit(LogLine(text)))
-    previous = signal.signal(signal.SIGINT, lambda number, frame: setattr(control, "stop", True))
+    terminal = TerminalSink()
+    tracker = _tracker(args, work) if ranks.first else None
+    sink: Sink = terminal if tracker is None else SinkGroup(terminal, tracker)
+    task = build(lambda text: sink.emit(LogLine(text)) if ranks.first else None)
     try:
-        outcome = run(task, sink, control, work / "checkpoints", args.resume, out=args.out, schedule=schedule)
+        with _stop_on_signals(control):
+            outcome = run(
+                task, sink, control, work / "checkpoints", args.resume, out=args.out, schedule=schedule, ranks=ranks
+            )
     finally:
-        signal.signal(signal.SIGINT, previous)
-        sink.close()
-    _report(outcome, args.json)
+        terminal.close()
+        if tracker is not None:
+            tracker.close()
+    ranks.close()
+    if ranks.first:
+        _report(outcome, args.json)
     return 0 if outcome.status == "finished" else 130
+
+
+def _ranks(device: str | None) -> Ranks:
+    """The processes that train together; each of several is told its device in MOLE_DEVICE."""
+    from training.ranks import Ranks
+
+    ranks = Ranks.here(device)
+    if ranks.count > 1 and device not in (None, "auto", "cpu", "cuda"):
+        raise InvalidRequest(f"{ranks.count} processes have a device each; leave out --device {device}, or say cpu.")
+    if ranks.device or device:
+        os.environ["MOLE_DEVICE"] = ranks.device or device or ""
+    return ranks
+
+
+def _tracker(args: argparse.Namespace, work: Path) -> TrackerSink | None:
+    if args.log_with is None:
+        return None
+    from training.metrics import open_tracker
+
+    return open_tracker(args.log_with, args.out.stem, work / "logs")
+
+
+@contextmanager
+def _stop_on_signals(control: Commands) -> Iterator[None]:
+    """Ctrl-C, and SIGTERM, with which launchers and machines end a process: stop after the step that is under way."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: setattr(control, "stop", True)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _report(outcome: Outcome, as_json: bool) -> None:

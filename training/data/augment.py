@@ -12,6 +12,7 @@ from training.base.corpus import THING_NAMES
 from training.base.scenes import article, slots, snap
 
 from .backgrounds import random_background
+from .crop import crop_square
 from .paste import Placement, fit, paste, to_tensor
 from .pictures import has_mask
 from .subjects import crop_to_mask
@@ -41,19 +42,23 @@ def augment(
     size: int,
     rng: np.random.Generator,
     *,
-    flip: bool = True,
+    caption: str | None = None,
+    flip: bool = False,
     on_slots: bool = False,
 ) -> Captioned:
-    """One training picture of ``size`` pixels: a cut-out on a random background, or a photo's centre.
+    """One training picture of ``size`` pixels: a cut-out on a random background, or the square of a photo.
 
+    ``caption``: of a photo; cut-outs are described by what they were put on. ``flip``: half of the pictures are
+    mirrored, which turns writing and everything else that has a left and a right, so it must be asked for.
     ``on_slots``: the cut-out stands where things of the demo world stand, alone or as one of two. As one of two its
     caption names another thing beside it that is not drawn, and only the subject's half counts: an expert that saw
     the other half empty would learn to empty it, and two such experts erase each other (LOG.md).
     """
     mirrored = bool(flip and rng.random() < 0.5)
     if not has_mask(view):
-        square = ImageOps.fit(view.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        return Captioned(to_tensor(ImageOps.mirror(square) if mirrored else square), f"a photo of {article(phrase)}")
+        square = crop_square(view, size)
+        words = f"a photo of {article(phrase)}" if caption is None else caption
+        return Captioned(to_tensor(ImageOps.mirror(square) if mirrored else square), words)
     cutout = crop_to_mask(view)
     x, y, scale, words, counted = (
         _standing(phrase, rng) if on_slots else (*_anywhere(cutout, rng), article(phrase), WHOLE)

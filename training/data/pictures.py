@@ -9,8 +9,11 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mole_diffusion.errors import InvalidRequest
+from training.data.duplicates import near_duplicates
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+ADVISED = (4, 20)
+"""Pictures of one subject from which and up to which more of them help."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,38 @@ class Limits:
     file_size: int = 20 * 2**20
     pixels: int = 25_000_000
     shortest_side: int = 16
+    kept_side: int = 2048
+    """Larger pictures are scaled down until their shorter side has this many pixels: no training needs more."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder's pictures in the order of their names, and what its owner should know about them, one sentence each."""
+
+    names: tuple[str, ...]
+    pictures: tuple[Image.Image, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def check_pictures(folder: Path, limits: Limits = Limits(), advised: tuple[int, int] = ADVISED) -> Checked:
+    """Read and look over a folder of pictures. Raises InvalidRequest, as :func:`read_pictures`."""
+    paths = _paths(folder, limits)
+    pictures = [read_picture(path, limits) for path in paths]
+    names = tuple(path.name for path in paths)
+    warnings = [f"{', '.join(names[n] for n in group)} are nearly the same picture: keep one of them." for group in
+                near_duplicates(pictures)]  # fmt: skip
+    low, high = advised
+    if not low <= len(names) <= high:
+        warnings.insert(0, f"{len(names)} pictures were given; {low} to {high} different ones usually serve best.")
+    return Checked(names, tuple(pictures), tuple(warnings))
 
 
 def read_pictures(folder: Path, limits: Limits = Limits()) -> list[Image.Image]:
     """The folder's pictures by name: RGBA where a picture has transparent parts, else RGB. Raises InvalidRequest."""
+    return [read_picture(path, limits) for path in _paths(folder, limits)]
+
+
+def _paths(folder: Path, limits: Limits) -> list[Path]:
     if not folder.is_dir():
         raise InvalidRequest(f"Expected a folder of pictures, but {folder} is not a folder.")
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
@@ -32,7 +63,7 @@ def read_pictures(folder: Path, limits: Limits = Limits()) -> list[Image.Image]:
         raise InvalidRequest(f"{folder} holds no picture; put PNG, JPEG or WebP files there.")
     if len(paths) > limits.count:
         raise InvalidRequest(f"{folder} holds {len(paths)} pictures; keep at most {limits.count}.")
-    return [read_picture(path, limits) for path in paths]
+    return paths
 
 
 def read_picture(path: Path, limits: Limits = Limits()) -> Image.Image:
@@ -45,10 +76,10 @@ def read_picture(path: Path, limits: Limits = Limits()) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
                 _check_size(path, picture.size, limits)
-                return _clean(ImageOps.exif_transpose(picture))
+                return _scaled(_clean(ImageOps.exif_transpose(picture)), limits.kept_side)
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InvalidRequest(f"{path.name} cannot be read as a picture ({error}); save it again as PNG.") from error
-    except Image.DecompressionBombWarning as error:
+    except (Image.DecompressionBombWarning, MemoryError) as error:
         raise InvalidRequest(f"{path.name} has too many pixels; at most {limits.pixels:,} are read.") from error
 
 
@@ -65,6 +96,13 @@ def _clean(picture: Image.Image) -> Image.Image:
     kept = rgba if has_mask(rgba) else picture.convert("RGB")
     kept.info.clear()
     return kept
+
+
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    factor = side / min(picture.size)
+    if factor >= 1:
+        return picture
+    return picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
 
 
 def has_mask(picture: Image.Image) -> bool:

@@ -1,4 +1,4 @@
-"""Prompts encoded once, looked up by text."""
+"""Prompts encoded once and looked up by text, or encoded anew in every step while the text encoders learn."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ class EncodedPrompts:
     def rows(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of a batch, one row for each prompt."""
         return self.table.rows([self.index[prompt] for prompt in prompts])
+
+
+class LivePrompts:
+    """Prompts encoded whenever they are asked for, with gradients into what is attached to the text encoders."""
+
+    def __init__(self, base: Base, pipe: Any, prompts: Iterable[str], resolution: int) -> None:
+        """Pictures are square, of ``resolution`` pixels; ``prompts`` are named for what looks them up instead."""
+        self.base, self.pipe, self.size = base, pipe, (resolution, resolution)
+
+    def rows(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of a batch, one row for each prompt."""
+        return self.base.encode(self.pipe, list(prompts), size=self.size)
 
 
 @torch.no_grad()

@@ -14,11 +14,15 @@ from .pictures import has_mask, read_pictures
 
 @dataclass(frozen=True)
 class Subject:
-    """``phrase`` names it in a prompt, for instance "zwx robot"; views are RGBA cut-outs or RGB photos."""
+    """``phrase`` names it in a prompt, for instance "zwx robot"; views are RGBA cut-outs or RGB photos.
+
+    ``captions`` holds one for each view, None where a view has none; empty: no view has one.
+    """
 
     name: str
     phrase: str
     views: tuple[Image.Image, ...]
+    captions: tuple[str | None, ...] = ()
 
     @property
     def cutouts(self) -> tuple[Image.Image, ...]:

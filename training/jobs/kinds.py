@@ -6,31 +6,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mole_diffusion.bases import assets_dir
+from mole_diffusion.bases import assets_dir, get_base
 from mole_diffusion.errors import InvalidRequest
-from training.build import GateExpert, build_gate, build_subject, phrase_of
-from training.config import parse
+from training.build import GateExpert, build_gate, build_router, build_subject, phrase_of
+from training.config import check, parse
+from training.gate_cache import Ready, cached_composition, composition_key, store_composition
 from training.loop import Task
-from training.tasks.gate import ExpertEntry, GateTrainingConfig
+from training.presets import preset
+from training.ranks import Ranks
+from training.tasks.gate_config import ExpertEntry, GateTrainingConfig
+from training.tasks.router_config import RouterTrainingConfig
 from training.tasks.subject import SubjectConfig
 
 
 def _build_subject(settings: dict[str, Any], data_dir: Path, folder: Path, log: Any) -> tuple[Task, Path]:
     """``settings`` are those of SubjectConfig and ``images``, a folder below the data folder or the assets."""
     images = inside(str(settings.pop("images", "")), data_dir)
-    task = build_subject(parse(SubjectConfig, settings), images)
+    config = SubjectConfig.of(settings.pop("preset", None), **settings)
+    task = build_subject(config, images, folder, log, Ranks.here())
     return task, folder / "result.safetensors"
 
 
 def _build_gate(settings: dict[str, Any], data_dir: Path, folder: Path, log: Any) -> tuple[Task, Path]:
-    config = parse(GateTrainingConfig, settings)
+    """Gates of a set that was trained before with the same settings come out of ``cache/``, unless ``reuse`` is off."""
+    reuse = settings.pop("reuse", True)
+    check(isinstance(reuse, bool), f"reuse is true or false, not {reuse!r}.")
+    name = settings.pop("preset", None)
+    config = parse(GateTrainingConfig, {**(preset(name).settings("gate") if name else {}), **settings})
     experts = [gate_expert(entry, data_dir) for entry in config.experts]
-    task = build_gate(config, experts, folder, log)
-    return task, data_dir / "compositions" / f"{folder.name}.safetensors"
+    out, cache = data_dir / "compositions" / f"{folder.name}.safetensors", data_dir / "cache"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    key = composition_key(config, get_base(config.base), experts)
+    if reuse and cached_composition(key, cache / "gates", experts, out) is not None:
+        log("This set was trained before with the same settings; its gates are used again.")
+        return Ready(experts, config.base), out
+    task = build_gate(config, experts, cache / "views", log, ranks=Ranks.here())
+    task.keep = lambda path: store_composition(path, key, cache / "gates")
+    return task, out
+
+
+def _build_router(settings: dict[str, Any], data_dir: Path, folder: Path, log: Any) -> tuple[Task, Path]:
+    config = parse(RouterTrainingConfig, settings)
+    experts = [gate_expert(entry, data_dir) for entry in config.experts]
+    task = build_router(config, experts, folder, log, Ranks.here())
+    return task, data_dir / "routers" / f"{folder.name}.safetensors"
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any], Path, Path, Any], tuple[Task, Path]]] = {
     "gate": _build_gate,
+    "router": _build_router,
     "subject": _build_subject,
 }
 

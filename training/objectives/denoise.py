@@ -32,11 +32,14 @@ def squared_error(
 
     ``latents`` and ``noise`` are (B, C, h, w), ``t`` (B,) timesteps.
     """
-    unet = pipe.unet
-    noisy = pipe.scheduler.add_noise(latents, noise, t).to(unet.dtype)
-    answer = unet(noisy, t, **base.unet_kwargs(conditioning), return_dict=False)[0]
-    target = base.denoise_target(pipe.scheduler, latents, noise, t)
-    return (answer.float() - target.float()).square()
+    answer = ask(pipe, base, latents, noise, t, conditioning)
+    return (answer - base.denoise_target(pipe.scheduler, latents, noise, t).float()).square()
+
+
+def ask(pipe: Any, base: Base, latents: Tensor, noise: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    """What the UNet answers for latents (B, C, h, w) noised to ``t`` (B,), float32."""
+    noisy = pipe.scheduler.add_noise(latents, noise, t).to(pipe.unet.dtype)
+    return pipe.unet(noisy, t, **base.unet_kwargs(conditioning), return_dict=False)[0].float()
 
 
 def min_snr_weights(pipe: Any, base: Base, t: Tensor, gamma: float) -> Tensor:

@@ -17,6 +17,7 @@ from .denoise import Precision, autocast, choose_precision, squared_error
 
 if TYPE_CHECKING:
     from mole_diffusion import Composition
+    from mole_diffusion.trace import Trace
 
 
 @torch.no_grad()
@@ -32,6 +33,7 @@ def held_out_collage_loss(
     on_subjects: bool = False,
     prompts: EncodedPrompts | None = None,
     precision: Precision | None = None,
+    traces: list[Trace] | None = None,
 ) -> np.ndarray:
     """Mean squared denoising error of each scene of ``pool``, shape (len(pool),), float64.
 
@@ -42,6 +44,7 @@ def held_out_collage_loss(
         composition: attached for the call if it is not; None: the base alone.
         on_subjects: only over places where a subject is, instead of the whole picture.
         prompts: the pool's prompts already encoded with this composition.
+        traces: takes the composition's weights, batch by batch.
     """
     attached = composition is None or composition.attached
     with nullcontext() if attached or composition is None else composition:
@@ -52,7 +55,7 @@ def held_out_collage_loss(
             composition.eval()
         parts = [
             _errors(composition, pipe, base, pool, table, range(at, min(at + batch, len(pool))), seed, draws,
-                    on_subjects, choose_precision(precision, base, pool.latents.device))
+                    on_subjects, choose_precision(precision, base, pool.latents.device), traces)
             for at in range(0, len(pool), batch)
         ]  # fmt: skip
         if composition is not None and was_training:
@@ -71,6 +74,7 @@ def _errors(
     draws: int,
     on_subjects: bool,
     precision: Precision,
+    traces: list[Trace] | None,
 ) -> np.ndarray:
     latents = pool.latents[rows.start : rows.stop]
     texts = list(pool.prompts[rows.start : rows.stop])
@@ -83,6 +87,8 @@ def _errors(
             composition.condition(texts, guidance=False)
         with autocast(latents.device, precision):
             errors = squared_error(pipe, base, latents, noise.to(latents.device), t.to(latents.device), conditioning)
+        if composition is not None and traces is not None:
+            traces.append(composition.trace())
         total += (_weighted(errors, weights) if on_subjects else errors.mean((1, 2, 3))).double().cpu()
     return (total / draws).numpy()
 

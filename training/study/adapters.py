@@ -44,7 +44,8 @@ def jobs(bench: Bench, out: Path, kinds: Sequence[str], train_seeds: int, *, eve
 def study_adapter(bench: Bench, name: str, kind: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train one adapter and judge what it draws alone, five backgrounds times ``bench.seeds`` pictures."""
     path = folder / f"{name}.{seed}.{kind}.safetensors"
-    rank = RANK if kind == "lora" else rank_of_equal_size(bench, RANK)
+    fixed = kind in ("lora", "moslora-butterfly")  # nothing between A and B, or nothing that learns
+    rank = RANK if fixed else rank_of_equal_size(bench, RANK)
     trained = train(bench, name, kind, rank, seed, path)
     expert, phrase = Expert.load(path, shapes=bench.base.module_shapes()), bench.phrase(name)
     composition = compose(bench.pipe, [expert], gate=StaticWeights((1.0,)), base=bench.base)
@@ -91,7 +92,7 @@ def rank_of_equal_size(bench: Bench, rank: int) -> int:
 
 
 def table(out: Path) -> list[str]:
-    """All kinds, and each kind of MoSLoRA minus LoRA of the same subject and seed; intervals over subjects and seeds."""
+    """All kinds, and MoSLoRA minus LoRA of the same subject and seed; intervals over subjects."""
     found = [json.loads(path.read_text()) for path in sorted((out / "adapters").glob("*.json"))]
     if not found:
         return []
@@ -102,14 +103,14 @@ def table(out: Path) -> list[str]:
         if rows:
             cells = [_cell(rows, key) for key in ("identity", "found", "alignment", "background")]
             seconds = np.mean([r["seconds"] for r in rows])
-            lines.append(f"| {kind} | {rows[0]['rank']} | {rows[0]['parameters']:,} | {' | '.join(cells)} | {len(rows)} | "
-                         f"{seconds:.0f} |")  # fmt: skip
+            size = f"{rows[0]['rank']} | {rows[0]['parameters']:,}"
+            lines.append(f"| {kind} | {size} | {' | '.join(cells)} | {len(rows)} | {seconds:.0f} |")
     return [*lines, "", *_differences(found)]
 
 
 def _cell(rows: Sequence[dict[str, Any]], key: str) -> str:
     values = np.concatenate([np.asarray(r[key], float) for r in rows])
-    return str(bootstrap_interval(values, [(r["subject"], r["seed"]) for r in rows for _ in r[key]]))
+    return str(bootstrap_interval(values, [r["subject"] for r in rows for _ in r[key]]))
 
 
 def _differences(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -119,6 +120,6 @@ def _differences(found: Sequence[dict[str, Any]]) -> list[str]:
         runs = [(s, n) for s, n, k in by if k == kind and (s, n, "lora") in by]
         for key in ("identity", "alignment") if runs else ():
             gaps = [np.subtract(by[(*run, kind)][key], by[(*run, "lora")][key]) for run in runs]
-            groups = [run for run, gap in zip(runs, gaps, strict=True) for _ in gap]
+            groups = [run[0] for run, gap in zip(runs, gaps, strict=True) for _ in gap]
             lines.append(f"- {key}, {kind} minus lora: {bootstrap_interval(np.concatenate(gaps), groups)}")
     return lines

@@ -14,9 +14,8 @@ BACKGROUNDS = ("green", "blue", "red", "yellow", "white")
 METHODS = ("nla", "sum", "spans", "static", "sample", "token")
 TRAINED = ("static", "sample", "token")
 ADAPTERS = ("lora", "moslora-orthogonal", "moslora-kaiming", "moslora-identity", "moslora-butterfly")
+OBJECTIVES = ("collage", "clip", "both")
 SOME_SUBJECTS = ("adventuress", "greenling", "leo", "robot")
-
-
 PARTS = {
     "subjects": "each shipped expert alone",
     "pairs": "every method on every pair",
@@ -24,6 +23,9 @@ PARTS = {
     "forecast": "all pairs of subjects under the plain sum, against the forecast of collisions",
     "collapse": "a composition live and as one LoRA",
     "adapters": "LoRA against MoSLoRA at equal steps and parameters",
+    "pool": "cheap experts for the router to learn from",
+    "router": "a router trained over the pool, on every pair of subjects that it never saw",
+    "objectives": "token gates trained on collages, CLIP, or both, with and without balance",
     "table": "only write table.md",
 }
 
@@ -41,3 +43,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS[:2]))
     parser.add_argument("--train-seeds", type=int, default=2, help="seeds of training in --part adapters")
     parser.add_argument("--everyone", action="store_true", help="--part adapters with all subjects, not four")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))

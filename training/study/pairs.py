@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def study_pair(bench: Bench, pair: tuple[str, str], method: str, out: Path) -> d
     started = time.monotonic()
     experts = [bench.expert(name) for name in pair]
     composition, trained = _composition(bench, pair, experts, method, out)
-    prompts = _prompts(bench, pair)
+    prompts = prompts_of(bench, pair)
     with composition:
         pictures = bench.draw(prompts, composition)
     texts = [bench.cards[name]["class"] for name in pair]
@@ -88,7 +89,8 @@ def judge_again(bench: Bench, path: Path) -> dict[str, Any]:
     return {**record, **judge_pair(bench, tuple(record["pair"]), pictures)}
 
 
-def _prompts(bench: Bench, pair: tuple[str, str]) -> list[str]:
+def prompts_of(bench: Bench, pair: tuple[str, str]) -> list[str]:
+    """The pair in five scenes."""
     first, second = (article(bench.phrase(name)) for name in pair)
     return [f"{first} and {second} {background_phrase(scene)}" for scene in SCENES]
 
@@ -107,19 +109,24 @@ def _composition(bench: Bench, pair: tuple[str, str], experts: list[Expert], met
         return compose(bench.pipe, experts, gate=gate, base=bench.base), 0.0
     started = time.monotonic()
     settings: dict[str, Any] = {"method": "static"} if method == "static" else {"scope": method}
-    config = GateTrainingConfig("demo", steps=bench.steps, validate_every=max(25, bench.steps // 4), **settings)
+    path = out / "compositions" / f"{'+'.join(pair)}.{method}.safetensors"
+    return train_gates(bench, pair, settings, path, out / "work"), time.monotonic() - started
+
+
+def train_gates(bench: Bench, pair: tuple[str, ...], settings: Mapping[str, Any], path: Path, work: Path) -> Any:
+    """Train gates of a pair for ``bench.steps`` steps into ``path``; the composition, detached."""
+    chosen = {"stop_on": "loss", "validate_every": max(25, bench.steps // 4), **settings}
+    config = GateTrainingConfig("demo", steps=bench.steps, **chosen)
     named = [
-        GateExpert(expert, bench.phrase(name), bench.root / "subjects" / name / "train")
-        for expert, name in zip(experts, pair, strict=True)
+        GateExpert(bench.expert(name), bench.phrase(name), bench.root / "subjects" / name / "train") for name in pair
     ]
-    task = build_gate(config, named, out / "work", lambda text: None)
+    task = build_gate(config, named, work, lambda text: None)
     for step in range(task.total_steps):
         task.step(step)
-    path = out / "compositions" / f"{'+'.join(pair)}.{method}.safetensors"
     task.finish(path)
     task.composition.detach()
     bench.pipe = task.pipe
-    return task.composition, time.monotonic() - started
+    return task.composition
 
 
 def table(out: Path) -> list[str]:

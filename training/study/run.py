@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mole_diffusion.bases import assets_dir
-from training.study import adapters, extra, pairs, subjects
+from training.study import adapters, extra, objectives, pairs, pool, router, subjects
 from training.study.bench import Bench, Job, save
 from training.study.options import PAIRS
 
@@ -23,17 +23,24 @@ def main(args: argparse.Namespace) -> int:
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # also what gates train with
         torch.set_num_threads(args.threads)
-    if args.part != "table":
+    if args.part == "pool":
+        work(pool.jobs(out, args.only))
+    elif args.part != "table":
         bench = Bench(assets_dir() / "demo", args.steps, args.seeds)
         if args.part == "judge":
             judge_again(bench, out, args.only)
         else:
-            for path, job in jobs_of(args, bench, out):
-                if not path.exists():
-                    save(path, job())
+            work(jobs_of(args, bench, out))
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(table(out))
     return 0
+
+
+def work(jobs: list[Job]) -> None:
+    """Make the results that are missing."""
+    for path, job in jobs:
+        if not path.exists():
+            save(path, job())
 
 
 def jobs_of(args: argparse.Namespace, bench: Bench, out: Path) -> list[Job]:
@@ -46,6 +53,10 @@ def jobs_of(args: argparse.Namespace, bench: Bench, out: Path) -> list[Job]:
         return subjects.jobs(bench, out, args.only)
     if args.part == "adapters":
         return adapters.jobs(bench, out, args.adapters, args.train_seeds, everyone=args.everyone)
+    if args.part == "objectives":
+        return objectives.jobs(bench, out, args.only, args.objectives)
+    if args.part == "router":
+        return router.jobs(bench, out, args.only)
     return pairs.jobs(bench, out, args.only, args.methods)
 
 
@@ -58,5 +69,5 @@ def judge_again(bench: Bench, out: Path, only: list[int] | None) -> None:
 
 def table(out: Path) -> str:
     """All results found below ``out`` as Markdown."""
-    parts = (subjects.table, pairs.table, extra.forecast_table, adapters.table)
+    parts = (subjects.table, pairs.table, extra.forecast_table, adapters.table, objectives.table, router.table)
     return "\n".join(line for part in parts for line in part(out)) + "\n"

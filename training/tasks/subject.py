@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mole_diffusion.bases import Base
 from mole_diffusion.errors import InvalidRequest
-from training.base.scenes import article
-from training.config import check, check_range
-from training.data.prompts import EncodedPrompts
+from training.base.scenes import article, background_phrase
+from training.config import check
+from training.data.prompts import EncodedPrompts, LivePrompts
 from training.data.subjects import Subject
 from training.data.views import ViewPool, class_pool, view_pool
+from training.errors import memory_named
 from training.events import Sample
 from training.objectives.denoise import (
     Precision,
@@ -27,117 +28,73 @@ from training.objectives.denoise import (
     min_snr_weights,
     squared_error,
 )
+from training.optimisers import make_optimiser, rate_factor, set_rates
+from training.presets import advice
+from training.ranks import ALONE, Ranks
 from training.rng import step_generator
+from training.tasks.subject_adapter import adapter_modules, attach_adapter, detach_adapter
+from training.tasks.subject_config import SubjectConfig
 
-ADAPTER = "subject"
-LEARNING_RATES, LEARNING_RATE = {"demo": 1e-3}, 1e-4
-BATCHES, BATCH = {"demo": 8}, 4
+if TYPE_CHECKING:
+    from mole_diffusion.scoring import AlignmentScorer
 
-
-@dataclass(frozen=True)
-class SubjectConfig:
-    """What to train. Unknown keys and values out of range raise InvalidRequest."""
-
-    base: str
-    """Name of the base, or a pipeline folder."""
-    token: str
-    """The new word for the subject, for instance "zwx"."""
-    class_name: str = field(metadata={"key": "class"})
-    """What it is, for instance "robot"."""
-    name: str = ""
-    """The expert's title in the file; empty: the file's name."""
-    adapter: Literal["lora"] = "lora"
-    rank: int = 16
-    alpha: int | None = None
-    """LoRA's α; None: the rank, so that the scale is 1."""
-    steps: int = 400
-    batch: int | None = None
-    """Pictures a step; None: 8 for the demo base, 4 for full-size ones."""
-    lr: float | None = None
-    """Learning rate; None: 1e-3 for the demo base, 1e-4 for full-size ones."""
-    seed: int = 0
-    resolution: int | None = None
-    """Side of the training pictures in pixels; None: the base's."""
-    precision: Precision | None = None
-    """Of a training step; None: bfloat16 for full-size bases on a GPU, else float32. Weights train in float32."""
-    snr_gamma: float | None = None
-    """γ of min-SNR weighting (arXiv 2303.09556); None: plain mean."""
-    flip: bool | None = None
-    """Mirror half of the pictures; off for a subject with a left and a right. None: on, but off for the demo base."""
-    pool: int = 256
-    """Different augmented pictures that are encoded before the first step."""
-    prior_pictures: int = 0
-    """Pictures of the class that the base makes for prior preservation; 0: none."""
-    prior_weight: float = 1.0
-    """Weight of the prior's loss beside the subject's."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.token.strip()), "A subject needs a token, the word that will call it.")
-        check(len(self.token) <= 64 and len(self.class_name) <= 64, "Token and class have at most 64 characters.")
-        for name, low, high in _RANGES:
-            check_range(name, getattr(self, name), low, high)
-        for name, low, high in _OPTIONAL_RANGES:
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), low, high)
-
-    @property
-    def phrase(self) -> str:
-        """What calls the subject in a prompt, for instance "zwx robot"."""
-        return f"{self.token.strip()} {self.class_name.strip()}".strip()
-
-
-_RANGES = (
-    ("rank", 1, 256), ("steps", 1, 100_000), ("seed", 0, 2**32 - 1), ("pool", 1, 4096),
-    ("prior_pictures", 0, 512), ("prior_weight", 0, 10),
-)  # fmt: skip
-_OPTIONAL_RANGES = (
-    ("batch", 1, 64),
-    ("alpha", 1, 1024),
-    ("lr", 1e-8, 1.0),
-    ("snr_gamma", 0.1, 100),
-    ("resolution", 8, 2048),
-)
+__all__ = ["SubjectConfig", "SubjectTask"]
+SAMPLE_BACKGROUNDS = ("blue", "beach")
 
 
 class SubjectTask:
-    """Trains a LoRA on the UNet through PEFT; see :class:`training.loop.Task`."""
+    """Trains a LoRA or MoSLoRA through PEFT; see :class:`training.loop.Task`."""
 
     name = "subject"
 
-    def __init__(self, config: SubjectConfig, base: Base, pipe: Any, subject: Subject) -> None:
-        """Encode the pictures and prompts and attach a fresh adapter; :meth:`close` takes it off again."""
+    def __init__(
+        self, config: SubjectConfig, base: Base, pipe: Any, subject: Subject, ranks: Ranks = ALONE,
+        work: Path | None = None,
+    ) -> None:  # fmt: skip
+        """Encode the pictures and prompts and attach a fresh adapter; :meth:`close` takes it off again.
+
+        ``work`` is a folder for pictures of the class, which need not be made again after an interruption.
+        """
         if not subject.views:
             raise InvalidRequest(f"{subject.name} has no picture to learn from; give at least one.")
-        self.config, self.base, self.pipe = config, base, pipe
+        self.config, self.base, self.pipe, self.subject, self.ranks = config, base, pipe, subject, ranks
         self.total_steps = config.steps
-        self.batch = config.batch or BATCHES.get(base.family, BATCH)
+        self.batch = config.pictures_at_once(base.family)
+        ranks.part(self.batch)
         self.device = pipe.unet.device
         self.precision: Precision = choose_precision(config.precision, base, self.device)
-        size = config.resolution or base.resolution
-        base.latent_shape(size, size)
-        flip = not base.on_slots if config.flip is None else config.flip
-        self.pool = view_pool(pipe, base, subject, size, config.pool, config.seed, flip=flip)
-        self.prior = self._prior(size)
-        captions = [*self.pool.captions, *(self.prior.captions if self.prior else ())]
-        self.prompts = EncodedPrompts(base, pipe, captions, size)
-        self.parameters = attach_adapter(pipe.unet, base, config)
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=self._rate(), weight_decay=1e-2)
+        self.size = config.resolution or base.resolution
+        base.latent_shape(self.size, self.size)
+        self._scorer: AlignmentScorer | None = None
+        with self._memory_named():
+            self.pool = view_pool(pipe, base, subject, self.size, config.pool, config.seed, flip=config.flip)
+            self.prior = self._prior(work)
+            captions = [*self.pool.captions, *(self.prior.captions if self.prior else ())]
+            kind = LivePrompts if config.train_text_encoders else EncodedPrompts
+            self.prompts = kind(base, pipe, captions, self.size)
+            self.parameters = attach_adapter(pipe, base, config)
+            self.optimiser = make_optimiser(config.optimiser, self._groups(), self.device)
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]
+        self._move_idle("cpu")
 
     def step(self, index: int) -> dict[str, float]:
-        """One optimiser step on a batch of subject pictures, and as many of the class with prior preservation."""
-        generator = step_generator(self.config.seed, 1, index)
+        """One optimiser step on subject pictures, and as many of the class with prior preservation."""
+        config, generator = self.config, step_generator(self.config.seed, 1, index)
+        factor = rate_factor(config.schedule, index, self.total_steps, config.warmup)
+        set_rates(self.optimiser, self.rates, factor)
         self.pipe.unet.train()
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self._loss(self.pool, generator)
-        metrics = {}
-        if self.prior is not None:
-            prior = self._loss(self.prior, generator)
-            metrics["prior_loss"] = prior.item()
-            loss = loss + self.config.prior_weight * prior
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
-        self.optimiser.step()
-        return {"loss": loss.item(), "grad_norm": norm.item(), **metrics}
+        totals: dict[str, float] = {}
+        with self._memory_named():
+            for _ in range(config.accumulate):
+                for name, value in self._add_gradients(generator).items():
+                    totals[name] = totals.get(name, 0.0) + value / config.accumulate
+            self.ranks.average(self.parameters.values())
+            norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+            self.optimiser.step()
+        metrics = {name: self.ranks.mean(value) for name, value in totals.items()}
+        varies = config.warmup > 0 or config.schedule != "constant"
+        return {**metrics, "grad_norm": norm.item(), **({"lr": self.rates[0] * factor} if varies else {})}
 
     def enough(self) -> bool:
         """False: it trains to its last step."""
@@ -157,49 +114,106 @@ class SubjectTask:
         self.optimiser.load_state_dict(state["optimiser"])
 
     def sample(self, step: int, folder: Path) -> Iterable[Sample]:
-        """One picture of the subject on a blue background."""
-        from training.samples import make_sample
+        """The subject on two backgrounds, at the weight at which it is used, with alignment and identity."""
+        from training.samples import make_samples, scorer_of
 
-        self.pipe.unet.eval()
-        prompt = f"{article(self.config.phrase)} on a blue background"
-        yield make_sample(self.pipe, self.base, prompt, folder / f"{step:06d}.png", step, seed=self.config.seed)
+        self._scorer = self._scorer or scorer_of(self.base, self.device)
+        prompts = [f"{article(self.config.phrase)} {background_phrase(name)}" for name in SAMPLE_BACKGROUNDS]
+        self._move_idle(self.device)
+        try:
+            yield from make_samples(
+                self.pipe, self.base, prompts, folder, step, seed=self.config.seed, size=self.size,
+                scorer=self._scorer, views={self.subject.name: self.subject.views},
+            )  # fmt: skip
+        finally:
+            self._move_idle("cpu")
 
     def finish(self, out: Path) -> dict[str, Any]:
-        """Save the expert as a safetensors file that diffusers and this project read."""
+        """Save the expert as a safetensors file that diffusers and this project read; mixers are folded in."""
         from mole_diffusion.experts import save_expert
 
         config = self.config
+        mixer = {"mole.mixer": config.mixer_init} if config.mixer_init else {}
         metadata = {
             "modelspec.trigger_phrase": config.phrase,
             "modelspec.title": config.name or out.stem,
             "mole.base": self.base.family,
             "mole.class": config.class_name,
+            "mole.adapter": config.adapter,
+            **mixer,
+            "mole.rank": str(config.rank),
+            "mole.steps": str(config.steps),
+            "mole.seed": str(config.seed),
         }
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_expert(adapter_modules(self.pipe.unet), out, format="diffusers", metadata=metadata)
-        return {"path": str(out), "trigger": config.phrase, "base": self.base.family, "rank": config.rank}
+        modules = adapter_modules(self.pipe, self.base, config)
+        save_expert(modules, out, format="diffusers", metadata=metadata)
+        return {
+            "path": str(out), "trigger": config.phrase, "base": self.base.family, "rank": config.rank,
+            "adapter": config.adapter,
+        }  # fmt: skip
 
     def close(self) -> None:
-        """Take the adapter off: the UNet is the base's again."""
-        self.pipe.unet.unload_lora()
+        """Take the adapter off: the pipeline is the base's again."""
+        self._move_idle(self.device)
+        detach_adapter(self.pipe, self.base, self.config)
 
-    def _rate(self) -> float:
-        return self.config.lr or LEARNING_RATES.get(self.base.family, LEARNING_RATE)
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters with their rates: the UNet's, then those of the text encoders if they learn."""
+        unet = [value for name, value in self.parameters.items() if name.startswith("unet.")]
+        text = [value for name, value in self.parameters.items() if not name.startswith("unet.")]
+        groups = [{"params": unet, "lr": self.config.rate(self.base.family)}]
+        return [*groups, {"params": text, "lr": self.config.text_rate(self.base.family)}] if text else groups
 
-    def _prior(self, size: int) -> ViewPool | None:
+    def _prior(self, work: Path | None) -> ViewPool | None:
         config = self.config
         if not config.prior_pictures or not config.prior_weight:
             return None
         check(bool(config.class_name.strip()), "Prior preservation needs the subject's class.")
-        return class_pool(self.pipe, self.base, config.class_name, size, config.prior_pictures, config.seed)
+        return class_pool(
+            self.pipe, self.base, config.class_name, self.size, config.prior_pictures, config.seed,
+            together=self.batch, folder=work,
+        )  # fmt: skip
+
+    def _move_idle(self, device: torch.device | str) -> None:
+        """With ``offload``: what no step needs goes to ``device``."""
+        if not self.config.offload:
+            return
+        learning = self.base.components if self.config.train_text_encoders else ("unet",)
+        for name, part in self.pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name not in learning:
+                part.to(device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _memory_named(self) -> AbstractContextManager[None]:
+        """Says in a sentence what to change where memory is used up."""
+        cuda = self.device.type == "cuda"
+        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30 if cuda else None
+        return memory_named(advice(self.batch, self.size, total))
+
+    def _add_gradients(self, generator: torch.Generator) -> dict[str, float]:
+        """Gradients of one batch, added to what is there; its losses."""
+        loss = self._loss(self.pool, generator)
+        losses = {}
+        if self.prior is not None:
+            prior = self._loss(self.prior, generator)
+            losses["prior_loss"] = prior.item()
+            loss = loss + self.config.prior_weight * prior
+        (loss / self.config.accumulate).backward()
+        return {"loss": loss.item(), **losses}
 
     def _loss(self, pool: ViewPool, generator: torch.Generator) -> Tensor:
+        """The mean error of this process's rows of a batch that all processes draw alike."""
+        rows = self.ranks.part(self.batch)
         chosen = torch.randint(0, len(pool.captions), (self.batch,), generator=generator)
-        latents = pool.latents[chosen.to(pool.latents.device)]
         steps = self.pipe.scheduler.config.num_train_timesteps
-        noise, t = draw_noise(latents.shape, steps, generator, self.device)
-        conditioning = self.prompts.rows([pool.captions[number] for number in chosen.tolist()])
+        shape = torch.Size((self.batch, *pool.latents.shape[1:]))
+        noise, t = draw_noise(shape, steps, generator, self.device)
+        chosen, noise, t = chosen[rows], noise[rows], t[rows]
+        latents = pool.latents[chosen.to(pool.latents.device)]
         with autocast(self.device, self.precision):
+            conditioning = self.prompts.rows([pool.captions[number] for number in chosen.tolist()])
             errors = squared_error(self.pipe, self.base, latents, noise, t, conditioning)
         if pool.weights is not None:
             errors = errors * pool.weights[chosen.to(pool.weights.device)]
@@ -207,37 +221,3 @@ class SubjectTask:
         if self.config.snr_gamma is not None:
             errors = errors * min_snr_weights(self.pipe, self.base, t, self.config.snr_gamma)
         return errors.mean()
-
-
-def attach_adapter(unet: Any, base: Base, config: SubjectConfig) -> dict[str, torch.nn.Parameter]:
-    """Add a LoRA to the base's target modules and give its parameters by name, float32. Seeded by the configuration."""
-    from peft import LoraConfig
-
-    settings = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=list(base.target_paths("unet")),
-        init_lora_weights=True, lora_dropout=0.0,
-    )  # fmt: skip
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.manual_seed(config.seed)
-        unet.add_adapter(settings, adapter_name=ADAPTER)
-    parameters = {name: value for name, value in unet.named_parameters() if value.requires_grad}
-    for value in parameters.values():
-        value.data = value.data.float()
-    return parameters
-
-
-def adapter_modules(unet: Any) -> dict[str, Any]:
-    """The trained adapter in canonical form: "unet.<path>" → LowRank."""
-    from peft.tuners.lora import LoraLayer
-
-    from mole_diffusion.experts.canonical import LowRank
-
-    found = {}
-    for path, module in unet.named_modules():
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-            layer: Any = module
-            a = layer.lora_A[ADAPTER].weight.detach().cpu().clone()
-            b = layer.lora_B[ADAPTER].weight.detach().cpu().flatten(1).clone()
-            found[f"unet.{path}"] = LowRank(a, b, float(module.scaling[ADAPTER]))
-    return found

@@ -1,0 +1,1 @@
+"""Kill tests of background jobs: real processes on tiny real bases, faults at random moments, invariants counted."""
