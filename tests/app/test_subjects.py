@@ -92,3 +92,14 @@ def test_bad_pictures_are_refused_with_a_sentence(services: Services, store: Job
         with pytest.raises(InvalidRequest, match=sentence):
             services.subjects.train(pictures, RECIPE)
     assert kept(services) == [] and store.list() == []
+
+
+def test_a_removed_job_takes_its_pictures_along(services: Services, store: JobStore, pictures: list[Path]) -> None:
+    job, _ = services.subjects.train(pictures, RECIPE, "ann")
+    with pytest.raises(InvalidRequest, match="no such job"):
+        services.jobs.remove(job, "bob")
+    with pytest.raises(InvalidRequest, match="cancel it before"):
+        services.jobs.remove(job, "ann")
+    services.jobs.cancel(job, "ann")
+    services.jobs.remove(job, "ann")
+    assert kept(services) == [] and store.list() == []

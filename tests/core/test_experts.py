@@ -159,6 +159,13 @@ def test_saved_dtype_and_unknown_format(sd: Any, tmp_path: Path) -> None:
         save_expert(expert, tmp_path / "r.safetensors", format="ckpt")  # type: ignore[arg-type]
 
 
+def test_equal_content_has_equal_bytes(sd: Any, tmp_path: Path) -> None:
+    words = {f"mole.word{number}": str(number) for number in range(12)}
+    module = {"unet.conv_in": LowRank(torch.ones(2, 4, 3, 3), torch.ones(8, 2))}
+    files = [save_expert(module, tmp_path / f"{n}.safetensors", metadata=words).read_bytes() for n in range(4)]
+    assert len(set(files)) == 1 and read_header(tmp_path / "0.safetensors").metadata == {**words}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_safetensors({"a": torch.ones(1)}, tmp_path / "a.safetensors", {})
     before = path.read_bytes()

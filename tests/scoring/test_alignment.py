@@ -90,6 +90,12 @@ def test_a_missing_or_pickled_or_damaged_model_is_refused(assets_folder: Path, t
         AlignmentScorer(f"local-dir:{folder}", "demo CLIP")
 
 
+@pytest.mark.parametrize("source", ["ViT-B-32", "ViT-B-32:/tmp/weights.pt", "no-such-model:openai"])
+def test_a_model_without_known_weights_is_refused(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="is no image-text model with weights"):
+        AlignmentScorer(source, "CLIP")
+
+
 def test_an_unreachable_hub_ends_in_one_sentence() -> None:
     with pytest.raises(InvalidRequest, match="go on without scores"):
         AlignmentScorer("ViT-B-32:laion2b_s34b_b79k", "OpenCLIP ViT-B/32")

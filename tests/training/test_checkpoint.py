@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,11 +96,12 @@ def test_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_goes_at_the_next_save(tmp_path: Path) -> None:
-    left = tmp_path / ".writing-1234567"
-    left.mkdir()
-    (left / "state.safetensors").write_bytes(b"half")
+    dead, live = (tmp_path / f".writing-{socket.gethostname()}-{pid}" for pid in (99_999_999, os.getppid()))
+    for left in (dead, live):
+        left.mkdir()
+        (left / "state.safetensors").write_bytes(b"half")
     save_checkpoint(tmp_path, 1, STATE)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, "step-00000001"]
 
 
 def test_only_names_of_checkpoints_are_read(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from sqlalchemy import exc
 
 from mole_diffusion.errors import InvalidRequest
 from tests.training.test_jobs_worker import command
+from training.__main__ import main as run_command
 from training.cli import jobs as commands
 from training.cli import worker as worker_command
 from training.errors import TrainingFailed
 from training.jobs import executor
 from training.jobs.errors import StoreUnavailable
 from training.jobs.limits import DiskGuard, Limits, size_of
-from training.jobs.reasons import died, sentence
+from training.jobs.reasons import died, is_lost_peer, sentence
 from training.jobs.retention import DAY, Pruned, Retention, prune
 from training.jobs.retry import persist
 from training.jobs.states import State
@@ -262,3 +263,21 @@ def test_the_worker_command_serves_once(
     said = capsys.readouterr()
     assert json.loads(said.out)["ended"] == {"finished": 1} and "/cpu:1 with sqlite:///" in said.err
     assert store.get(job).state == "finished" and "cpu:1" in (store.get(job).worker or "")
+
+
+def test_a_lost_process_of_several_is_the_worker_s_to_settle() -> None:
+    said = "[pair.cc:545] Read error [127.0.0.1]:4242: Connection reset by peer"
+    assert is_lost_peer(RuntimeError(said)) and not is_lost_peer(RuntimeError("shapes differ"))
+
+
+def test_jobs_are_deleted_with_their_files(store: JobStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = store.create("gate", {"steps": 1})
+    job_folder(tmp_path, job).mkdir(parents=True)
+    main = ["jobs", "delete", job, "--data-dir", str(tmp_path)]
+    assert run_command(main) == 2 and "cancel it before" in capsys.readouterr().err
+    store.request_cancel(job)
+    assert run_command(main) == 0 and not job_folder(tmp_path, job).exists() and store.list() == []
+
+
+def test_retention_comes_from_the_environment() -> None:
+    assert Retention.of({"MOLE_KEEP_DAYS": "7"}) == Retention(7, None) and Retention.of({}) == Retention()

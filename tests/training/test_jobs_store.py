@@ -112,6 +112,16 @@ def test_cancel_of_queued_running_paused_and_ended(store: JobStore) -> None:
     assert store.requests(running) == Requests(cancel=True, pause=False, save=False, sample=False)
 
 
+def test_a_cancel_that_comes_while_a_job_pauses_is_not_lost(store: JobStore) -> None:
+    job = store.create("gate", {"steps": 9})
+    claimed = store.claim()
+    store.request_pause(job)
+    store.request_cancel(job)  # after the child has looked, before it says that it paused
+    assert claimed is not None
+    store.set_state(job, "paused", start=claimed.starts)
+    assert store.get(job).state == "cancelled"
+
+
 def test_requests_reach_running_jobs_only_and_are_taken_once(store: JobStore) -> None:
     job = store.create("gate", {})
     for ask, name in ((store.request_pause, "pause"), (store.request_save, "save"), (store.request_sample, "sample")):
@@ -240,6 +250,12 @@ def test_lists_by_owner_and_state(store: JobStore) -> None:
     assert [job.owner for job in store.list(kind="subject")] == ["you", None]
     assert store.list(["running"]) == [] and len(store.list(limit=None)) == 4
     assert store.siblings(mine) == [more] and store.siblings(alone) == []
+
+
+def test_the_single_user_sees_no_visitor_s_jobs(store: JobStore) -> None:
+    mine, hers = store.create("gate", {"steps": 1}), store.create("gate", {"steps": 1}, owner="ann")
+    assert [job.id for job in store.list(owner="")] == [mine]
+    assert [job.id for job in store.list(owner="ann")] == [hers] and len(store.list()) == 2
 
 
 def test_only_ended_jobs_are_deleted_or_held(store: JobStore) -> None:

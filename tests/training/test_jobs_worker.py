@@ -364,3 +364,27 @@ def test_last_line_of_a_log(tmp_path: Path) -> None:
     assert last_line(log) == "(nothing)"
     log.write_bytes(b"first\nlast \xff words\n\n  \n")
     assert last_line(log).startswith("last")
+
+
+def test_files_that_cannot_be_removed_do_not_stop_the_queue(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.jobs.worker.prune", full)
+    job = store.create("gate", {"steps": 1})
+    worker = Worker(store, tmp_path, executor=LocalExecutor(command), timing=TIMING)
+    worker.tick()
+    assert store.get(job).state == "running"
+    wait_for(lambda: worker.tick() or store.get(job).state == "finished")
+
+
+def test_a_job_that_is_removed_as_it_ends_does_not_hold_the_worker(store: JobStore, tmp_path: Path) -> None:
+    job = store.create("gate", {"steps": 1})
+    worker = Worker(store, tmp_path, executor=LocalExecutor(command), timing=TIMING)
+    worker.tick()
+    wait_for(lambda: store.get(job).state == "finished")
+    store.delete(job)
+    following = store.create("gate", {"steps": 1})
+    wait_for(lambda: worker.tick() or store.get(following).state == "finished")

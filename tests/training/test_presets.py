@@ -33,6 +33,11 @@ def test_what_is_given_wins() -> None:
         SubjectConfig.of("1gb", **WHO)
 
 
+def test_the_papers_recipe_as_plain_lora_has_no_mixer() -> None:
+    config = SubjectConfig.of("paper-moslora-sdxl", token="zwx", adapter="lora", **{"class": "dog"})
+    assert (config.adapter, config.mixer, config.rank, config.steps) == ("lora", None, 4, 500)
+
+
 def test_the_papers_recipe() -> None:
     recipe = SubjectConfig.of("paper-moslora-sdxl", token="sks", **{"class": "dog"})
     assert (recipe.base, recipe.adapter, recipe.mixer, recipe.rank, recipe.alpha) == (
