@@ -222,7 +222,7 @@ def test_a_new_subject_is_trained_paused_and_joins_the_library(visit: Open, site
     page.locator("#subject-token input").fill("qvx")
     page.locator("#subject-class input").fill("cup")
     page.locator("#subject-advanced").get_by_text("Advanced", exact=True).click()
-    page.locator("#subject-steps input").fill("60")
+    page.locator("#subject-steps input").fill("20")
     page.locator("#subject-steps input").press("Tab")
     keep(page, "new-subject-desktop")
     page.locator("#train-subject").click()

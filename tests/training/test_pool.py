@@ -55,6 +55,7 @@ def test_table_pairs_pictures_with_pictures(tmp_path: Path) -> None:
             record = {
                 "pair": list(pair), "method": method, "success": values, "identity": values, "collage": values,
                 "train_seconds": 60.0 if method == "token" else 0.0, "recipe": recipe,
+                "scorer": "a", "real_scenes": 0.8,
             }  # fmt: skip
             name = "+".join(pair) + ("" if folder == "router" else f".{method}")
             (tmp_path / folder / f"{name}.json").write_text(json.dumps(record))
@@ -62,4 +63,7 @@ def test_table_pairs_pictures_with_pictures(tmp_path: Path) -> None:
     assert "Router over 40 experts, 600 steps" in text and "0.1000, NLA 0.2000, trigger spans 0.1500" in text
     assert [line.split(" | ")[4:6] for line in text.splitlines() if line.startswith("| token")] == [["3", "6"]]
     assert "- joint success, router minus nla: 0.500" in text and "minus token" not in text
+    other = tmp_path / "pairs" / f"{'+'.join(PAIRS[0])}.nla.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"scorer": "b"}))
+    assert "Several judges" in router.table(tmp_path)[-1]
     assert router.table(tmp_path / "none") == []

@@ -84,7 +84,7 @@ def table(out: Path) -> list[str]:
     recipe = own[0]["recipe"]
     lines = [
         "", f"Router over {recipe['experts']} experts, {recipe['steps']} steps; on its held-out pairs collage loss "
-        + ", ".join(f"{words} {recipe.get(key, math.nan):.4f}" for key, words in HELD_OUT.items()),
+        + ", ".join(f"{words} {recipe.get(key, math.nan):.4f}".strip() for key, words in HELD_OUT.items()),
         "", "| method | joint success | identity | held-out collage loss | pairs | pictures | training s per pair |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
