@@ -7,8 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 ARGS ?=
 KILLS ?= 50
+QUIET_TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False
+# One more than there are cores, for some tests wait for processes of their own.
+PROCESSES := $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5)))
 
-.PHONY: help setup app test lint bench chaos clean distclean
+.PHONY: help setup app test long lint bench chaos clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +20,7 @@ help:
 	@echo 'make setup      only create .venv with everything that tests need'
 	@echo 'make bench      what composing costs beside the base and other tools (ARGS="--size sdxl --device cuda --json")'
 	@echo 'make chaos      kill training jobs at random and count what is lost (KILLS=1000 for the full length)'
+	@echo 'make long       the tests that take too long for every change'
 	@echo 'make lint       only ruff and pyright'
 	@echo 'make clean      remove caches; make distclean also removes .venv'
 
@@ -25,10 +29,12 @@ app: $(VENV)/.runtime
 
 setup: $(VENV)/.dev
 
-# One test process per core, one thread each: tiny models gain nothing from more, and processes that wait must not spin.
+# One thread each: tiny models gain nothing from more, and processes that wait must not spin.
 test: lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False \
-		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(QUIET_TESTS) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile $(ARGS)
+
+long: $(VENV)/.dev
+	$(QUIET_TESTS) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile -m long $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,8 +44,7 @@ bench: $(VENV)/.dev
 	@OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.composition $(ARGS)
 
 chaos: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False \
-		$(BIN)/python -m tests.chaos --kills $(KILLS) $(ARGS)
+	@$(QUIET_TESTS) $(BIN)/python -m tests.chaos --kills $(KILLS) $(ARGS)
 
 clean:
 	rm -rf .pytest_cache .ruff_cache

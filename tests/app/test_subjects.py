@@ -34,7 +34,7 @@ def kept(services: Services) -> list[Path]:
     return list((services.settings.data_dir / "jobs").glob("*"))
 
 
-@pytest.mark.parametrize("adapter", ["lora", "moslora"])
+@pytest.mark.parametrize("adapter", [pytest.param("lora", marks=pytest.mark.long), "moslora"])
 def test_pictures_become_an_expert_of_the_library_once(
     services: Services, store: JobStore, pictures: list[Path], adapter: str
 ) -> None:

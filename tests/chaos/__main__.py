@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     cli.add_argument("--kills", type=int, default=50, help="kills at random moments (default 50)")
     cli.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
-    cli.add_argument("--minutes", type=float, help="no kill after these (default 10, or 12 s for each kill if longer)")
+    cli.add_argument("--minutes", type=float, help="no kill after these (default 10, or 18 s for each kill if longer)")
     cli.add_argument("--json", action="store_true", help="figures as JSON on standard output")
     cli.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder and leave it (default: temporary)")
     cli.add_argument("--only", nargs="+", metavar="NAME", choices=list(SCENARIOS), help="these scenarios alone")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.kills < 0 or (args.minutes is not None and args.minutes <= 0):
         cli.error("--kills and --minutes are not negative, and a run needs some time.")
     began = time.monotonic()
-    minutes = args.minutes or max(10.0, args.kills / 5)
+    minutes = args.minutes or max(10.0, args.kills * 0.3)
     with contextlib.ExitStack() as stack:
         folder = args.keep
         if folder is None:

@@ -10,6 +10,7 @@ import pytest
 from tests.benchmarks.training import MAKERS, main
 
 
+@pytest.mark.long
 def test_benchmark_of_training_steps(
     base_folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,7 @@ def test_modes_are_put_back_module_by_module(base_folders: dict[str, Path], tmp_
     assert [module.training for module in parts] == modes and len(set(modes)) == 2
 
 
-@pytest.mark.parametrize("maker", [subject_task, gate_task])
+@pytest.mark.parametrize("maker", [pytest.param(subject_task, marks=pytest.mark.long), gate_task])
 def test_training_is_the_same_with_and_without_samples(
     maker: Any, base_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def test_tables_give_intervals_over_pairs_and_paired_differences(tmp_path):
     assert "Several judges" in table(tmp_path)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_judge_finds_real_subjects_as_the_base_shows_them_and_nothing_in_bare_grounds(count):
     base = get_base("demo")
     folders = sorted((assets_dir() / "demo" / "subjects").glob("*/heldout"))[:4]

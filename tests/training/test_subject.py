@@ -13,7 +13,7 @@ from mole_diffusion import Expert
 from mole_diffusion.bases import Base
 from mole_diffusion.errors import InvalidRequest
 from mole_diffusion.experts import check_fits
-from tests.training.helpers import MAKERS, load, same, subject, tensors_of
+from tests.training.helpers import load, same, subject, tensors_of
 from tests.training.test_loop import StopAfter
 from training.build import load_base
 from training.config import parse
@@ -51,7 +51,7 @@ LORA, MOSLORA = {"adapter": "lora"}, {"adapter": "moslora", "rank": 4}
 
 
 @pytest.mark.parametrize("options", [LORA, MOSLORA, {**MOSLORA, "train_text_encoders": True}], ids=str)
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", ["sd-v", "sdxl", pytest.param("sd-epsilon", marks=pytest.mark.long)])
 def test_file_does_in_diffusers_what_was_trained(
     base_folders: dict[str, Path], kind: str, options: dict, tmp_path: Path
 ) -> None:
@@ -94,8 +94,11 @@ RICH = {
 
 @pytest.mark.parametrize(
     "options",
-    [{"prior_pictures": 1, "snr_gamma": 5.0}, RICH, {"optimiser": "adamw8bit", "rank": 64}],
-    ids=["plain", "rich", "8 bits"],
+    [
+        pytest.param({"prior_pictures": 1, "snr_gamma": 5.0}, id="plain", marks=pytest.mark.long),
+        pytest.param(RICH, id="rich", marks=pytest.mark.long),
+        pytest.param({"optimiser": "adamw8bit", "rank": 64}, id="8 bits"),
+    ],
 )
 def test_resumed_equals_uninterrupted(base_folders: dict[str, Path], tmp_path: Path, options: dict) -> None:
     settings = config(base_folders["sd-v"], **{"steps": 5, **options})
