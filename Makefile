@@ -8,8 +8,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 ARGS ?=
 KILLS ?= 50
 QUIET_TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False
-# One more than there are cores, for some tests wait for processes of their own.
-PROCESSES := $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5)))
+PROCESSES := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 
 .PHONY: help setup app test long lint bench chaos clean distclean
 .DEFAULT_GOAL := help

@@ -50,6 +50,7 @@ class Site:
     services: Services
     errors: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
+    reloaded: bool = False
 
 
 @pytest.fixture
@@ -98,8 +99,15 @@ def visit(browser: Browser, site: Site) -> Iterator[Open]:
     yield opened
     for context in contexts:
         context.close()
-    assert site.errors == []
+    cut_off = ("AbortError", "Connection errored out") if site.reloaded else ()
+    assert [error for error in site.errors if not any(words in error for words in cut_off)] == []
     assert site.strangers == []
+
+
+def reload(page: Page, site: Site) -> None:
+    """Reload; the browser cuts off the requests that the old page has under way, and Gradio says so."""
+    site.reloaded = True
+    page.reload()
 
 
 def foreign(url: str, site: Site) -> bool:
@@ -160,7 +168,7 @@ def test_one_click_makes_a_scored_picture_with_both_subjects(visit: Open, site: 
 
     saved = read_parameters(Path(download.value.path()))
     assert (saved["method"], saved["prompt"]) == ("gates", "a zwx bunny and a zwx robot on a green background")
-    page.reload()
+    reload(page, site)
     wait_for_scores(page)
 
 
@@ -188,7 +196,7 @@ def test_two_uploads_are_trained_and_generated_through_a_reload(visit: Open, sit
     page.locator("#jobs .chip.live").wait_for()
     while (job := site.services.jobs.list()[0]).pid is None:
         page.wait_for_timeout(50)
-    page.reload()
+    reload(page, site)
     tab(page, "Train")
     expect(page.locator("#jobs .job")).to_have_count(1)
     expect(page.locator("#jobs .job")).to_have_attribute("data-id", job.id)
