@@ -7,7 +7,8 @@ first process writes files and says events, and what it is told holds for all. S
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,15 @@ class Ranks:
 
         told = torch.tensor([float(flag) for flag in flags], device=self._accelerator.device)
         return [bool(flag) for flag in broadcast(told, from_process=0)]  # type: ignore[union-attr]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process goes through the block, then the others: they find what it has made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
 
     def wait(self) -> None:
         """Until all processes are here."""

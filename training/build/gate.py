@@ -51,11 +51,8 @@ def build_gate(
     for item in experts:
         check_fits(item.expert, base)
     scorers = resolve_scorers(config, base, pipe.unet.device, log)
-    if not ranks.first:
-        ranks.wait()  # the first process makes the pictures that are missing
-    subjects = [subject_pictures(item, config, base, pipe, work, log) for item in experts]
-    if ranks.first:
-        ranks.wait()
+    with ranks.first_alone():  # it makes the pictures that are missing
+        subjects = [subject_pictures(item, config, base, pipe, work, log) for item in experts]
     called = [replace(item.expert, trigger=item.expert.trigger or item.phrase) for item in experts]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # the gates' hidden layers start at random

@@ -35,11 +35,8 @@ def build_router(
     for item in experts:
         check_fits(item.expert, base)
     views = GateTrainingConfig(config.base, seed=config.seed, self_views=config.self_views)
-    if not ranks.first:
-        ranks.wait()  # the first process makes the pictures that are missing
-    subjects = [subject_pictures(item, views, base, pipe, work, log) for item in experts]
-    if ranks.first:
-        ranks.wait()
+    with ranks.first_alone():  # it makes the pictures that are missing
+        subjects = [subject_pictures(item, views, base, pipe, work, log) for item in experts]
     called = [replace(item.expert, trigger=item.expert.trigger or item.phrase) for item in experts]
     return RouterTask(config, base, pipe, called, subjects, ranks)
 
